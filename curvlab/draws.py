@@ -1,0 +1,41 @@
+"""Random numbers keyed by (seed, draw, example, position): batch size and sharding change nothing.
+
+A counter-based generator (the splitmix64 finaliser over the key): each number is a pure function of its
+key, the same on every device, so any worker can draw for any example.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
+_MIX1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
+_MIX2 = -7723592293110705685  # 0x94D049BB133111EB
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift; torch's `>>` on int64 copies the sign bit."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ _shift_right(x, 30)) * _MIX1
+    x = (x ^ _shift_right(x, 27)) * _MIX2
+    return x ^ _shift_right(x, 31)
+
+
+def uniforms(seed: int, draw: int, examples: Tensor, positions: int, width: int = 1) -> Tensor:
+    """Uniform numbers in (0, 1), float64, shape (N, positions, width), for `examples` (N,) int64 indices."""
+    device = examples.device
+    state = _mix(torch.tensor(seed, dtype=torch.int64, device=device) * _GOLDEN + 1)
+    state = _mix(state + draw * _GOLDEN)
+    state = _mix(state + examples.to(torch.int64)[:, None, None] * _GOLDEN)
+    state = _mix(state + torch.arange(1, positions + 1, device=device)[None, :, None] * _GOLDEN)
+    state = _mix(state + torch.arange(1, width + 1, device=device)[None, None, :] * _GOLDEN)
+    return (_shift_right(state, 11).to(torch.float64) + 0.5) * 2.0**-53
+
+
+def normals(seed: int, draw: int, examples: Tensor, positions: int, width: int) -> Tensor:
+    """Standard normal numbers, float64, shape (N, positions, width) (inverse normal CDF of `uniforms`)."""
+    return torch.special.erfinv(2 * uniforms(seed, draw, examples, positions, width) - 1) * math.sqrt(2)

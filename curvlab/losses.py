@@ -1,0 +1,164 @@
+"""Losses ℓ(ŷ, y), convex in the network's output ŷ, and the one definition of scale.
+
+A loss is a class with the methods of `Loss`; to add one, write the same methods (`CrossEntropy` is thirty lines).
+Outputs come as (N, T, C): N examples, T loss positions (1 for classification), C outputs.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from curvlab.draws import normals, uniforms
+
+Labels = Literal["exact", "model", "data"]
+
+
+class Loss(Protocol):
+    """What the curvature code asks of a loss; all per loss term, without reduction."""
+
+    def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """ℓ of each term: (N, T, C), targets → (N, T)."""
+
+    def terms(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Which positions carry a loss: bool (N, T)."""
+
+    def gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """∂ℓ/∂ŷ: (N, T, C); zero where a position carries no loss."""
+
+    def hessian_product(self, outputs: Tensor, targets: Tensor, vectors: Tensor) -> Tensor:
+        """H_ŷ v: (N, T, C)."""
+
+    def hessian_factor(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """L (N, T, C, K) with L Lᵀ = H_ŷ = ∂²ℓ/∂ŷ²."""
+
+    def sampled_gradient(self, outputs: Tensor, targets: Tensor, seed: int, draw: int, examples: Tensor) -> Tensor:
+        """∂ℓ/∂ŷ (N, T, C) at labels drawn from the model, so that its second moment is H_ŷ."""
+
+    def bregman(self, outputs: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
+        """d(ŷ, ŷ_0) = ℓ(ŷ) − ℓ(ŷ_0) − ⟨∇ℓ(ŷ_0), ŷ − ŷ_0⟩ of each term: (N, T) (paper, eq. for d)."""
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """Softmax cross-entropy in the logits, −log softmax(ŷ)_y; targets are class indices (N, T).
+
+    `ignore_index` marks positions without a loss. Its Bregman distance is KL(p_0 ‖ p), free of labels.
+    """
+
+    ignore_index: int = -100
+
+    def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs.mT, targets, ignore_index=self.ignore_index, reduction="none")
+
+    def terms(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return targets != self.ignore_index
+
+    def gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        terms = self.terms(outputs, targets)
+        onehot = F.one_hot(targets.where(terms, 0), outputs.shape[-1])
+        return (outputs.softmax(-1) - onehot) * terms.unsqueeze(-1)
+
+    def hessian_product(self, outputs: Tensor, targets: Tensor, vectors: Tensor) -> Tensor:
+        p = outputs.softmax(-1) * self.terms(outputs, targets).unsqueeze(-1)
+        return p * (vectors - (p * vectors).sum(-1, keepdim=True))
+
+    def hessian_factor(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The Cholesky factor of diag(p) − p pᵀ in closed form, C − 1 columns.
+
+        Column j contrasts class j with the classes after it: √(p_j t_j / t_{j−1}) (e_j − p_{>j} / t_j),
+        t_j = Σ_{i>j} p_i. No difference of near-equal numbers, so confident predictions keep their digits.
+        """
+        # ascending classes: the tails t_j stay of the size of the largest p, and no quotient underflows
+        p, order = outputs.softmax(-1).sort(dim=-1)
+        tail_from = p.flip(-1).cumsum(-1).flip(-1)  # t_{j−1}
+        tail = tail_from[..., 1:]
+        weight = (p[..., :-1] * tail / tail_from[..., :-1]).sqrt() * self.terms(outputs, targets).unsqueeze(-1)
+        share = p.unsqueeze(-1) / tail.unsqueeze(-2)  # p_i / t_j
+        columns = torch.eye(p.shape[-1], dtype=p.dtype, device=p.device)[:, :-1] - share.tril(-1)
+        factor = columns * weight.unsqueeze(-2)
+        return torch.zeros_like(factor).scatter_(-2, order.unsqueeze(-1).expand_as(factor), factor)
+
+    def sampled_gradient(self, outputs: Tensor, targets: Tensor, seed: int, draw: int, examples: Tensor) -> Tensor:
+        u = uniforms(seed, draw, examples, outputs.shape[1])
+        cdf = outputs.double().softmax(-1).cumsum(-1)
+        drawn = torch.searchsorted(cdf, u * cdf[..., -1:]).squeeze(-1)
+        return self.gradient(outputs, drawn.where(self.terms(outputs, targets), self.ignore_index))
+
+    def bregman(self, outputs: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
+        log_p0, log_p = reference.log_softmax(-1), outputs.log_softmax(-1)
+        kl = (log_p0.exp() * (log_p0 - log_p)).sum(-1)
+        return kl * self.terms(outputs, targets)
+
+
+@dataclass(frozen=True)
+class SquaredError:
+    """½ · scale · ‖ŷ − y‖², summed over the C outputs; targets like the outputs. H_ŷ = scale · I.
+
+    Labels "drawn from the model" are ŷ + N(0, I/scale). `nn.MSELoss()`, which also averages over the
+    outputs and has no ½, is `SquaredError(scale=2 / C)`.
+    """
+
+    scale: float = 1.0
+
+    def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return 0.5 * self.scale * (outputs - targets).square().sum(-1)
+
+    def terms(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return torch.ones(outputs.shape[:2], dtype=torch.bool, device=outputs.device)
+
+    def gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return self.scale * (outputs - targets)
+
+    def hessian_product(self, outputs: Tensor, targets: Tensor, vectors: Tensor) -> Tensor:
+        return self.scale * vectors
+
+    def hessian_factor(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        eye = torch.eye(outputs.shape[-1], dtype=outputs.dtype, device=outputs.device)
+        return (self.scale**0.5 * eye).expand(*outputs.shape, -1)
+
+    def sampled_gradient(self, outputs: Tensor, targets: Tensor, seed: int, draw: int, examples: Tensor) -> Tensor:
+        noise = normals(seed, draw, examples, outputs.shape[1], outputs.shape[2])
+        return self.scale**0.5 * noise.to(outputs.dtype)
+
+    def bregman(self, outputs: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
+        return 0.5 * self.scale * (outputs - reference).square().sum(-1)
+
+
+def as_loss(loss: Any) -> Loss:
+    """`loss` itself, or our equivalent of a torch loss module with its default settings.
+
+    Raises:
+        ValueError: a torch loss whose settings (class weights, label smoothing) we do not reproduce.
+        TypeError: anything that is no loss.
+    """
+    if isinstance(loss, nn.CrossEntropyLoss):
+        if loss.weight is not None or loss.label_smoothing or loss.reduction != "mean":
+            raise ValueError(
+                "CrossEntropyLoss with class weights, label smoothing or a reduction other than 'mean' is not "
+                "supported; write a loss with the methods of curvlab.losses.Loss"
+            )
+        return CrossEntropy(ignore_index=loss.ignore_index)
+    if isinstance(loss, nn.MSELoss):
+        raise ValueError("nn.MSELoss averages over outputs; say which scale is meant: SquaredError(scale=2 / C)")
+    if not all(hasattr(loss, name) for name in ("value", "hessian_factor", "sampled_gradient", "bregman")):
+        raise TypeError(f"{loss!r} is no loss; use CrossEntropy(), SquaredError() or the methods of losses.Loss")
+    return loss  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What a statistic was summed over; the one place where sums become means.
+
+    Attributes:
+        terms: loss terms (examples, or tokens with a label); means of the loss divide by it.
+        positions: positions at which a layer's weight was used (pixels, tokens; padding excluded).
+    """
+
+    terms: int = 0
+    positions: int = 0
+
+    def __add__(self, other: "Scale") -> "Scale":
+        return Scale(self.terms + other.terms, self.positions + other.positions)

@@ -1,0 +1,53 @@
+"""Bytes are estimated and said before anything large is allocated."""
+
+import resource
+import sys
+
+import psutil
+import torch
+
+LARGE = 512 * 2**20  # allocations from here on are announced
+
+
+def bytes_of(*shape: int, dtype: torch.dtype = torch.float32) -> int:
+    """Bytes of a dense tensor of that shape."""
+    size = dtype.itemsize
+    for n in shape:
+        size *= n
+    return size
+
+
+def human(count: float) -> str:
+    """12.3 MiB."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(count) < 1024 or unit == "TiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError
+
+
+def available(device: torch.device | str = "cpu") -> int:
+    """Bytes that can still be allocated on `device`."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return int(psutil.virtual_memory().available)
+
+
+def peak() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def announce(what: str, needed: int, cheaper: str, device: torch.device | str = "cpu") -> None:
+    """Say what is about to be allocated, and refuse what cannot fit.
+
+    Raises:
+        MemoryError: `needed` bytes exceed what `device` has left; the message names the cheaper way.
+    """
+    free = available(device)
+    if needed > free:
+        raise MemoryError(f"{what} needs {human(needed)}, {human(free)} are free on {device}; instead: {cheaper}")
+    if needed >= LARGE:
+        print(f"curvlab: {what}: {human(needed)} of {human(free)} free", file=sys.stderr, flush=True)

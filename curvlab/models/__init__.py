@@ -1,0 +1,7 @@
+"""Small networks and how to train them."""
+
+from curvlab.models.lenet import LeNet5
+from curvlab.models.mlp import MLP
+from curvlab.models.training import TrainingRun, pretrain
+
+__all__ = ["MLP", "LeNet5", "TrainingRun", "pretrain"]
