@@ -5,6 +5,7 @@ gathers a gradient. Batches are `(inputs, targets)` or `(inputs, targets, mask)`
 dictionary of tensors (keyword arguments); mask (N, T) is true where a position is real (not padding).
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -298,3 +299,19 @@ def _check_mode(model: nn.Module) -> None:
     wrong = [name for name, module in model.named_modules() if module.training and isinstance(module, mixing)]
     if wrong:
         raise ValueError(f"curvature of a model in training mode is random or mixes examples ({wrong}); call model.eval()")
+
+
+def split_at(model: nn.Sequential, layer: str) -> tuple[nn.Sequential, nn.Sequential]:
+    """(body, head) of a `Sequential`: head begins with `layer`, both share the model's modules.
+
+    Nothing below the edited layer changes: run the body once, and descend and refit on the head alone.
+
+    Raises:
+        ValueError: a model that is no `Sequential`, or has no such direct child.
+    """
+    names = list(dict(model.named_children()))
+    if not isinstance(model, nn.Sequential) or layer not in names:
+        raise ValueError(f"{layer!r} is no direct child of a Sequential; children: {names}")
+    cut = names.index(layer)
+    children = list(model.named_children())
+    return nn.Sequential(OrderedDict(children[:cut])), nn.Sequential(OrderedDict(children[cut:]))
