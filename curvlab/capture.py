@@ -79,6 +79,11 @@ class Pass:
         real = self._mask_of(a)
         return Scale(self.terms, a.shape[0] * a.shape[1] if real is None else int(real.sum()))
 
+    def used(self, a: Tensor) -> int:
+        """Examples with a real position."""
+        real = self._mask_of(a)
+        return a.shape[0] if real is None else int(real.any(1).sum())
+
     def positions(self, a: Tensor) -> Tensor | int:
         """Real positions of each example, to divide a sum over positions (N, 1, d) by."""
         real = self._mask_of(a)
@@ -90,12 +95,11 @@ class Pass:
         for v in vectors:
             grads = torch.autograd.grad(self.outputs, outputs, v, retain_graph=True)
             yield {
-                layer.name: self._without_padding(layer.outputs(g))
-                for layer, g in zip(self.layers, grads, strict=True)
+                layer.name: self._without_padding(layer.outputs(g)) for layer, g in zip(self.layers, grads, strict=True)
             }
 
     def _mask_of(self, t: Tensor) -> Tensor | None:
-        if self.mask is None or t.shape[1] == 1:
+        if self.mask is None or t.shape[1] == 1 != self.mask.shape[1]:
             return None
         if self.mask.shape != t.shape[:2]:
             raise ValueError(f"mask {tuple(self.mask.shape)} does not fit the layer's positions {tuple(t.shape[:2])}")
@@ -172,8 +176,8 @@ def passes(
         first_example: index of the first example in the whole data set (for a worker that holds a shard).
 
     Raises:
-        ValueError: empty or ill-shaped data, a model in training mode with BatchNorm or Dropout,
-            a layer that the forward pass uses never or more than once.
+        ValueError: empty or ill-shaped data, targets out of range or with a loss at padding, a model in training
+            mode with BatchNorm or Dropout, a layer that the forward pass uses never or more than once.
         FloatingPointError: a loss that is not finite.
     """
     _check_mode(model)
@@ -199,7 +203,7 @@ def shaped(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Outputs as (N, T, C) and targets alike; one loss position where the model gives one output an example.
 
     Raises:
-        ValueError: shapes that do not fit the loss, class indices out of range.
+        ValueError: shapes that do not fit each other.
     """
     if outputs.dim() == 2:
         outputs, targets = outputs.unsqueeze(1), targets.unsqueeze(1)
@@ -216,7 +220,7 @@ def count_examples(data: Data) -> int | None:
     dataset = getattr(data, "dataset", None)
     if dataset is not None and hasattr(dataset, "__len__"):
         return len(dataset)
-    if isinstance(data, (list, tuple)):
+    if isinstance(data, (list, tuple)) and all(isinstance(item, Batch) or len(item) > 1 for item in data):
         return sum(len(item) if isinstance(item, Batch) else len(item[1]) for item in data)
     return None
 
@@ -228,7 +232,9 @@ def require_reiterable(data: Data) -> None:
         ValueError: `data` can be iterated only once.
     """
     if iter(data) is data:
-        raise ValueError("this needs several passes over the data: give a DataLoader or a list of batches, not an iterator")
+        raise ValueError(
+            "this needs several passes over the data: give a DataLoader or a list of batches, not an iterator"
+        )
 
 
 def to_device(value: Any, device: torch.device) -> Any:
@@ -238,7 +244,12 @@ def to_device(value: Any, device: torch.device) -> Any:
 
 
 def _forward(
-    model: nn.Module, loss: Loss, batch: Batch, layers: Sequence[MatrixLayer], start: int, device: torch.device
+    model: nn.Module,
+    loss: Loss,
+    batch: Batch,
+    layers: Sequence[MatrixLayer],
+    start: int,
+    device: torch.device,
 ) -> Pass:
     raw_inputs: dict[str, Tensor] = {}
     raw_outputs: dict[str, Tensor] = {}
@@ -262,23 +273,28 @@ def _forward(
     handles = [hook(layer) for layer in layers]
     try:
         with torch.enable_grad():
-            outputs = run(model, to_device(batch.inputs, device))
+            outputs, targets = shaped(run(model, to_device(batch.inputs, device)), batch.targets.to(device))
     finally:
         for handle in handles:
             handle.remove()
     unused = [layer.name for layer in layers if layer.name not in raw_outputs]
     if unused:
         raise ValueError(f"the forward pass never used {unused}")
-    outputs, targets = shaped(outputs, batch.targets.to(device))
+    mask = None if batch.mask is None else batch.mask.to(device).bool()
     with torch.no_grad():
         terms = loss.terms(outputs, targets)
+        _check_targets(outputs, targets, terms, mask)
         if not bool(loss.value(outputs, targets).isfinite().all()):
             raise FloatingPointError(f"the loss is not finite on examples {start} to {start + len(batch) - 1}")
     examples = torch.arange(start, start + len(batch), device=device)
-    mask = None if batch.mask is None else batch.mask.to(device).bool()
-    return Pass(
-        layers, outputs, targets, examples, mask, raw_inputs, raw_outputs, versions, terms=int(terms.sum())
-    )
+    return Pass(layers, outputs, targets, examples, mask, raw_inputs, raw_outputs, versions, terms=int(terms.sum()))
+
+
+def _check_targets(outputs: Tensor, targets: Tensor, terms: Tensor, mask: Tensor | None) -> None:
+    if not targets.is_floating_point() and bool((terms & ((targets < 0) | (targets >= outputs.shape[-1]))).any()):
+        raise ValueError(f"class indices must lie in 0 to {outputs.shape[-1] - 1}, got {targets.min()} to {targets.max()}")
+    if mask is not None and mask.shape == terms.shape and bool((terms & ~mask).any()):
+        raise ValueError("padding carries a loss: set the targets there to the loss' ignore_index")
 
 
 @contextmanager
@@ -298,7 +314,9 @@ def _check_mode(model: nn.Module) -> None:
     mixing = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
     wrong = [name for name, module in model.named_modules() if module.training and isinstance(module, mixing)]
     if wrong:
-        raise ValueError(f"curvature of a model in training mode is random or mixes examples ({wrong}); call model.eval()")
+        raise ValueError(
+            f"curvature of a model in training mode is random or mixes examples ({wrong}); call model.eval()"
+        )
 
 
 def split_at(model: nn.Sequential, layer: str) -> tuple[nn.Sequential, nn.Sequential]:

@@ -29,11 +29,11 @@ def uniforms(seed: int, draw: int, examples: Tensor, positions: int, width: int 
     """Uniform numbers in (0, 1), float64, shape (N, positions, width), for `examples` (N,) int64 indices."""
     device = examples.device
     state = _mix(torch.tensor(seed, dtype=torch.int64, device=device) * _GOLDEN + 1)
-    state = _mix(state + draw * _GOLDEN)
+    state = _mix(state + torch.tensor(draw, dtype=torch.int64, device=device) * _GOLDEN)
     state = _mix(state + examples.to(torch.int64)[:, None, None] * _GOLDEN)
     state = _mix(state + torch.arange(1, positions + 1, device=device)[None, :, None] * _GOLDEN)
     state = _mix(state + torch.arange(1, width + 1, device=device)[None, None, :] * _GOLDEN)
-    return (_shift_right(state, 11).to(torch.float64) + 0.5) * 2.0**-53
+    return (_shift_right(state, 12).to(torch.float64) + 0.5) * 2.0**-52  # 53 bits would round up to one
 
 
 def normals(seed: int, draw: int, examples: Tensor, positions: int, width: int) -> Tensor:

@@ -33,11 +33,18 @@ class Eigenpairs:
 class BlockLanczos:
     """A growing Krylov space of a symmetric operator.
 
-    Multiplicities up to `block` are found by construction, larger ones when the space is exhausted.
+    A start of w vectors finds w copies of an eigenvalue: where w are found the start is widened.
     """
 
     def __init__(
-        self, matmat: MatMat, dim: int, *, dtype: torch.dtype, device: torch.device | str, block: int = 16, seed: int = 0
+        self,
+        matmat: MatMat,
+        dim: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        block: int = 16,
+        seed: int = 0,
     ) -> None:
         self.matmat, self.dim, self.dtype, self.device = matmat, dim, dtype, torch.device(device)
         self.block = min(block, dim)
@@ -47,6 +54,7 @@ class BlockLanczos:
         self.projected = torch.zeros(0, 0, dtype=torch.float64)  # QᵀCQ
         self.coupling = torch.zeros(0, 0, dtype=torch.float64)  # of the next block with the last
         self.next = self._orthonormal(torch.zeros(self.block, dim, dtype=dtype, device=device))
+        self.width = self.block  # random vectors that the space grew from
 
     def _orthonormal(self, rows: Tensor) -> Tensor:
         """Rows orthonormal and orthogonal to the basis; rows lost to rank are replaced by random ones."""
@@ -60,6 +68,16 @@ class BlockLanczos:
             rows = torch.linalg.qr((rows - (rows @ self.basis.mT) @ self.basis).mT)[0].mT
         return rows
 
+    def _widen(self) -> None:
+        """Random vectors join the next block, for further copies of repeated eigenvalues."""
+        noise = torch.randn(self.block, self.dim, generator=self.generator, dtype=torch.float64).to(self.rows)
+        known = torch.cat([self.basis, self.next])[: self.dim]
+        for _ in range(2):
+            noise = torch.linalg.qr((noise - (noise @ known.mT) @ known).mT)[0].mT
+        self.next = torch.cat([self.next, noise])
+        self.coupling = torch.nn.functional.pad(self.coupling, (0, 0, 0, self.block))
+        self.width += self.block
+
     @property
     def basis(self) -> Tensor:
         return self.rows[: self.size]
@@ -71,8 +89,8 @@ class BlockLanczos:
     def extend(self, dimensions: int) -> None:
         """Grow the space by at least `dimensions`."""
         goal = min(self.dim, self.size + dimensions)
-        if goal + self.block > len(self.rows):
-            grown = torch.empty(goal + self.block, self.dim, dtype=self.dtype, device=self.device)
+        if goal + len(self.next) > len(self.rows):
+            grown = torch.empty(goal + len(self.next), self.dim, dtype=self.dtype, device=self.device)
             grown[: self.size] = self.basis
             self.rows = grown
         while self.size < goal:
@@ -105,12 +123,15 @@ class BlockLanczos:
         residuals = torch.linalg.vector_norm(self.coupling @ coordinates[self.size - last :], dim=0)
         return values, coordinates, residuals
 
-    def solve(self, enough: Callable[[Tensor], bool], tolerance: float | None = None) -> Eigenpairs:
+    def solve(
+        self, enough: Callable[[Tensor], bool], tolerance: float | None = None, limit: float | None = None
+    ) -> Eigenpairs:
         """Grow until `enough(values)` holds for the leading converged values; the pair after them too.
 
         Args:
             enough: given the converged leading values (float64, descending in magnitude), whether they do.
             tolerance: residual, relative to the largest |σ|, that counts as converged.
+            limit: give up, with what has converged, once the space is larger than this.
         """
         eps = torch.finfo(self.dtype).eps
         tolerance = max(50 * eps, 1e-10) if tolerance is None else tolerance
@@ -120,17 +141,48 @@ class BlockLanczos:
             values, coordinates, residuals = self.ritz()
             bad = (residuals > tolerance * values.abs().max()).nonzero()
             converged = self.size if self.exhausted or not len(bad) else int(bad[0])
-            # one converged pair more than asked for shows where the last eigenspace ends
-            if self.exhausted or (converged > 1 and enough(values[: converged - 1])):
+            # a converged pair below those asked for shows where the last eigenspace ends
+            final = self.exhausted or (limit is not None and self.size > limit)
+            done = final or (converged > 1 and enough(values[: clear(values[:converged], eps)]))
+            # (float32 cannot tell repeated eigenvalues from the close ones of a dense tail, which need no widening)
+            repeated = self.dtype == torch.float64 and largest_cluster(values[:converged], 1e-12) >= self.width
+            if done and not final and repeated:
+                self._widen()
+            elif done:
                 count = self.size if self.exhausted else converged
                 vectors = self.basis.mT @ coordinates[:, :count].to(self.basis)
                 return Eigenpairs(values[:count], vectors, residuals[:count], self.size)
             self.extend(max(self.block, self.size // 5))
 
 
+def clear(values: Tensor, eps: float) -> int:
+    """How many leading values (descending in magnitude) lie clearly above the last one, as null spaces see ties."""
+    sizes = values.abs()
+    if not len(sizes):
+        return 0
+    return int((sizes - (16 * eps * sizes[0]).minimum(1e-3 * sizes) > sizes[-1]).sum())
+
+
+def largest_cluster(values: Tensor, tolerance: float) -> int:
+    """The largest number of values, other than zero, that agree up to `tolerance` of the largest magnitude."""
+    width = tolerance * float(values.abs().max()) if len(values) else 0.0
+    ordered = values[values.abs() > width].sort().values
+    if not len(ordered):
+        return 0
+    edges = (ordered.diff() > width).nonzero().flatten() + 1
+    return int(torch.tensor([0, *edges.tolist(), len(ordered)]).diff().max())
+
+
 def absolute_trace(
-    matmat: MatMat, dim: int, *, dtype: torch.dtype, device: torch.device | str, deflate: Tensor | None = None,
-    probes: int = 16, steps: int = 40, seed: int = 0,
+    matmat: MatMat,
+    dim: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    deflate: Tensor | None = None,
+    probes: int = 16,
+    steps: int = 40,
+    seed: int = 0,
 ) -> tuple[float, float]:
     """Σ|σ| of a symmetric operator by stochastic Lanczos quadrature, and its standard error.
 

@@ -49,8 +49,7 @@ def unflatten(layers: Sequence[LayerShape], vectors: Tensor) -> Matrices:
     """The inverse of `flatten`: vectors (…, p) as one (…, d_out, d_in) matrix a layer."""
     parts = vectors.split([layer.size for layer in layers], dim=-1)
     return {
-        layer.name: part.unflatten(-1, (layer.d_out, layer.d_in))
-        for layer, part in zip(layers, parts, strict=True)
+        layer.name: part.unflatten(-1, (layer.d_out, layer.d_in)) for layer, part in zip(layers, parts, strict=True)
     }
 
 
@@ -204,7 +203,9 @@ def _matrix_layer(name: str, module: nn.Module, bias: bool, owners: dict[int, li
     joint = bias and module.bias is not None
     for parameter in [weight] + ([cast(Tensor, module.bias)] if joint else []):
         if id(parameter) not in owners:
-            raise ValueError(f"layer {name!r}: its weight is no plain parameter (parametrized or merged modules are not)")
+            raise ValueError(
+                f"layer {name!r}: its weight is no plain parameter (parametrized or merged modules are not)"
+            )
         if len(owners[id(parameter)]) > 1:
             raise ValueError(
                 f"layer {name!r} shares its weight with {owners[id(parameter)]}; the curvature of tied weights "

@@ -104,6 +104,8 @@ class SquaredError:
     scale: float = 1.0
 
     def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        if targets.shape[-1] != outputs.shape[-1] or targets.dim() != outputs.dim():
+            raise ValueError(f"targets {tuple(targets.shape)} must be shaped like the outputs {tuple(outputs.shape)}")
         return 0.5 * self.scale * (outputs - targets).square().sum(-1)
 
     def terms(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -143,7 +145,7 @@ def as_loss(loss: Any) -> Loss:
         return CrossEntropy(ignore_index=loss.ignore_index)
     if isinstance(loss, nn.MSELoss):
         raise ValueError("nn.MSELoss averages over outputs; say which scale is meant: SquaredError(scale=2 / C)")
-    if not all(hasattr(loss, name) for name in ("value", "hessian_factor", "sampled_gradient", "bregman")):
+    if isinstance(loss, type) or not all(hasattr(loss, name) for name in ("value", "hessian_factor", "sampled_gradient", "bregman")):
         raise TypeError(f"{loss!r} is no loss; use CrossEntropy(), SquaredError() or the methods of losses.Loss")
     return loss  # type: ignore[no-any-return]
 

@@ -135,10 +135,6 @@ class NullSpace:
             for block in self.blocks
         ]
 
-    def confine_coordinates(self, coordinates: Sequence[Tensor]) -> list[Tensor]:
-        """Nothing to do: the mask is in `displacement`."""
-        return list(coordinates)
-
     def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> "NullSpace":
         """The same constraint computing in another dtype, on another device."""
         move = _mover(dtype, device)
@@ -148,6 +144,10 @@ class NullSpace:
                 NullBlock(b.basis.map(move), b.removed.to(device), b.energy, b.threshold) for b in self.blocks
             ),
         )
+
+    def on(self, bases: dict[int, Basis]) -> "NullSpace":
+        """The same constraint with bases exchanged, by the id of the old one."""
+        return replace(self, blocks=tuple(replace(b, basis=bases.get(id(b.basis), b.basis)) for b in self.blocks))
 
     def compact(self) -> "NullSpace":
         """The same projector holding only the eigenvectors that it uses (no descent in the eigenbasis then)."""
@@ -241,8 +241,14 @@ class Ellipsoid:
         ]
 
     def confine_coordinates(self, coordinates: Sequence[Tensor]) -> list[Tensor]:
-        """The nearest coordinates inside."""
-        return self.coordinates(self.confine(self.displacement(coordinates)))
+        """The nearest coordinates inside; no rotation where the basis is complete."""
+        if not all(block.basis.complete for block in self.blocks):
+            return self.coordinates(self.confine(self.displacement(coordinates)))
+        mu = self._multiplier([(Z, None, Z.new_zeros((), dtype=torch.float64)) for Z in coordinates])
+        return [
+            Z / (1 + _expand(mu, block.curvature) * block.curvature)
+            for block, Z in zip(self.blocks, coordinates, strict=True)
+        ]
 
     def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> "Ellipsoid":
         move = _mover(dtype, device)
@@ -251,20 +257,34 @@ class Ellipsoid:
             tuple(EllipsoidBlock(b.basis.map(move), move(b.curvature), b.floor) for b in self.blocks), epsilon
         )
 
+    def on(self, bases: dict[int, Basis]) -> "Ellipsoid":
+        """The same constraint with bases exchanged, by the id of the old one."""
+        blocks = []
+        for b in self.blocks:
+            basis = bases.get(id(b.basis), b.basis)
+            blocks.append(EllipsoidBlock(basis, b.curvature.to(basis.like), b.floor))
+        return replace(self, blocks=tuple(blocks))
+
     def save(self, path: str | Path) -> None:
         """Write to a safetensors file."""
-        _save(path, "ellipsoid", self.blocks, {"epsilon": _number(self.epsilon), "floors": [b.floor for b in self.blocks]})
+        _save(
+            path,
+            "ellipsoid",
+            self.blocks,
+            {"epsilon": _number(self.epsilon), "floors": [b.floor for b in self.blocks]},
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> "Ellipsoid":
         """Read what `save` wrote; ValueError for a damaged or foreign file."""
         blocks, numbers = _load(path, "ellipsoid")
+        epsilon = numbers["epsilon"]
         return cls(
             tuple(
                 EllipsoidBlock(basis, t["curvature"], floor)
                 for (basis, t), floor in zip(blocks, numbers["floors"], strict=True)
             ),
-            numbers["epsilon"],
+            torch.tensor(epsilon, dtype=torch.float64) if isinstance(epsilon, list) else epsilon,
         )
 
     def _split(self, block: EllipsoidBlock, delta: Matrices) -> tuple[Tensor, Matrices | None, Tensor]:
@@ -309,7 +329,7 @@ class Ellipsoid:
             terms = energy * shrink.square()
             spent = terms.sum(-1)
             excess = (spent / epsilon).sqrt()
-            if bool((excess <= 1 + 1e-12).all()):
+            if not bool((excess > 1 + 1e-12).any()):  # (a diverged run's NaN is no reason to go on)
                 break
             slope = (terms * lam * shrink).sum(-1)  # −½ d(spent)/dμ
             step = spent * (excess - 1) / slope.clamp_min(torch.finfo(torch.float64).tiny)
@@ -365,7 +385,10 @@ def _null_block(block: Block, gamma: float | None, k: int | None) -> NullBlock:
     removed = magnitudes >= threshold - tie
     energy = float(magnitudes[removed].sum()) / block.total if block.total > 0 else 1.0
     return NullBlock(
-        block.basis, removed, torch.tensor(energy, dtype=torch.float64), torch.tensor(threshold, dtype=torch.float64)
+        block.basis,
+        removed,
+        torch.tensor(energy, dtype=torch.float64),
+        torch.tensor(threshold, dtype=torch.float64),
     )
 
 
@@ -385,7 +408,8 @@ def ellipsoid(spectrum: Spectrum, epsilon: float) -> Ellipsoid:
         if isinstance(block.basis, KroneckerBasis) and not block.basis.complete:
             raise ValueError("an ellipsoid needs all eigenvectors of a Kronecker curvature: spectrum() without gamma")
     return Ellipsoid(
-        tuple(EllipsoidBlock(b.basis, b.magnitudes.to(b.basis.like.dtype), b.floor) for b in spectrum.blocks), epsilon
+        tuple(EllipsoidBlock(b.basis, b.magnitudes.to(b.basis.like.dtype), b.floor) for b in spectrum.blocks),
+        epsilon,
     )
 
 
@@ -401,7 +425,7 @@ def stack(constraints: Sequence[Constraint]) -> Constraint:
         if not same or any(a.basis is not b.basis for a, b in zip(first.blocks, other.blocks, strict=True)):
             raise ValueError("only constraints on one spectrum can be stacked")
     if isinstance(first, Ellipsoid):
-        return replace(first, epsilon=torch.tensor([c.epsilon for c in constraints if isinstance(c, Ellipsoid)]))
+        return replace(first, epsilon=torch.tensor([c.epsilon for c in constraints if isinstance(c, Ellipsoid)], dtype=torch.float64))
     nulls = [c for c in constraints if isinstance(c, NullSpace)]
     return NullSpace(
         tuple(
@@ -499,7 +523,10 @@ def _check_layers(layers: Sequence[LayerShape], delta: Matrices) -> None:
 
 
 def _save(
-    path: str | Path, kind: str, blocks: Sequence[NullBlock] | Sequence[EllipsoidBlock], numbers: dict[str, Any]
+    path: str | Path,
+    kind: str,
+    blocks: Sequence[NullBlock] | Sequence[EllipsoidBlock],
+    numbers: dict[str, Any],
 ) -> None:
     tensors: dict[str, Tensor] = {}
     for i, block in enumerate(blocks):

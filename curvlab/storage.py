@@ -2,6 +2,8 @@
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -11,19 +13,31 @@ from torch import Tensor
 from curvlab import __version__
 
 
-def save_tensors(path: str | Path, kind: str, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
-    """Write `tensors` and `header` to `path`; a reader sees the old file or the whole new one."""
+def cache_folder() -> Path:
+    """Where downloads and pretrained weights are kept: CURVLAB_CACHE, else ~/.cache/curvlab."""
+    return Path(os.environ.get("CURVLAB_CACHE") or "~/.cache/curvlab").expanduser()
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place once written; a reader never sees half a file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {"curvlab": __version__, "kind": kind} | header
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=f".tmp{path.suffix}")
     os.close(handle)
+    temporary = Path(name)
     try:
-        save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, temporary, metadata)
+        yield temporary
         os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_tensors(path: str | Path, kind: str, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
+    """Write `tensors` and `header` to `path`; a reader sees the old file or the whole new one."""
+    metadata = {"curvlab": __version__, "kind": kind} | header
+    with replacing(path) as temporary:
+        save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, temporary, metadata)
 
 
 def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:

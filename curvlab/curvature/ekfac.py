@@ -66,7 +66,13 @@ class EKFAC:
             sums[layer.name] = torch.zeros(layer.d_out, layer.d_in, dtype=dtype, device=basis.u_in.device)
         terms = 0
         for pass_ in passes(
-            model, loss, data, chosen, desc="EK-FAC eigenvalues", first_example=first_example, micro_batch=micro_batch
+            model,
+            loss,
+            data,
+            chosen,
+            desc="EK-FAC eigenvalues",
+            first_example=first_example,
+            micro_batch=micro_batch,
         ):
             terms += pass_.terms
             rotated = {layer.name: _rotate(pass_.inputs(layer), bases[layer.name][1]) for layer in chosen}

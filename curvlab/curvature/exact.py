@@ -9,7 +9,7 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from curvlab.curvature.products import Product
-from curvlab.krylov import BlockLanczos, absolute_trace
+from curvlab.krylov import BlockLanczos, absolute_trace, clear
 from curvlab.layers import Matrices, MatrixLayer, flatten
 from curvlab.memory import announce, bytes_of
 from curvlab.spectrum import Block, DenseBasis, Spectrum, dense_spectrum
@@ -108,8 +108,10 @@ class ExactCurvature:
         if k is not None and not 0 < k < self.size:
             raise ValueError(f"k must lie between 1 and {self.size - 1}, got {k}")
         announce(
-            f"Krylov space of {self.size:,} parameters", bytes_of(self.size, 8 * (k or 32), dtype=self.dtype),
-            "a smaller k or gamma, or fewer layers", self.device,
+            f"Krylov space of {self.size:,} parameters",
+            bytes_of(self.size, 8 * (k or 32), dtype=self.dtype),
+            "a smaller k or gamma, or fewer layers",
+            self.device,
         )
         lanczos = BlockLanczos(self.matmat, self.size, dtype=self.dtype, device=self.device, seed=seed)
         total, error = (self.trace(), 0.0) if self.semidefinite else (0.0, 0.0)
@@ -121,10 +123,15 @@ class ExactCurvature:
                 break
             # the estimate of the rest alone has a much smaller error than that of the whole
             rest, error = absolute_trace(
-                self.matmat, self.size, dtype=self.dtype, device=self.device, deflate=pairs.vectors, seed=seed + 1
+                self.matmat,
+                self.size,
+                dtype=self.dtype,
+                device=self.device,
+                deflate=pairs.vectors,
+                seed=seed + 1,
             )
             refined = float(pairs.values.abs().sum()) + rest
-            done = _enough(pairs.values[:-1], refined, gamma, k)
+            done = _enough(pairs.values[: clear(pairs.values, torch.finfo(self.dtype).eps)], refined, gamma, k)
             total = refined
             if done:
                 break
@@ -158,5 +165,3 @@ def permutation(layers: list[MatrixLayer], layout: Layout, device: torch.device)
         parts += [W.mT.flatten()] if layout == "vec" else [t.flatten() for t in layer.tensors(W)]
         start += layer.size
     return torch.cat(parts)
-
-

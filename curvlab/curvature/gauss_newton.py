@@ -52,7 +52,13 @@ class GaussNewton(ExactCurvature):
         collected: dict[str, list[Rows]] = {layer.name: [] for layer in chosen}
         examples, terms, trace = count_examples(data), 0, 0.0
         for pass_ in passes(
-            model, loss, data, chosen, desc="Gauss–Newton rows", first_example=first_example, micro_batch=micro_batch
+            model,
+            loss,
+            data,
+            chosen,
+            desc="Gauss–Newton rows",
+            first_example=first_example,
+            micro_batch=micro_batch,
         ):
             vectors = list(columns(pass_, loss, labels, draws, seed))
             if terms == 0 and store:
@@ -93,6 +99,8 @@ def _announce_rows(pass_: Pass, K: int, examples: int | None) -> None:
         once = layer.inputs(pass_.raw_inputs[layer.name][:1]).shape[1] == 1
         numbers += layer.d_in + K * layer.d_out if once else K * layer.size
     announce(
-        f"gradient rows of {examples:,} examples", bytes_of(examples, numbers, dtype=pass_.outputs.dtype),
-        "store=False recomputes them in every product; fewer examples; labels='model'", pass_.outputs.device,
+        f"gradient rows of {examples:,} examples",
+        bytes_of(examples, numbers, dtype=pass_.outputs.dtype),
+        "store=False recomputes them in every product; fewer examples; labels='model'",
+        pass_.outputs.device,
     )

@@ -70,7 +70,8 @@ def output_hessians(pass_: Pass, loss: Loss) -> Tensor:
         for i in range(layer.d_out):
             column = None
             if g.requires_grad:  # a loss linear in s has no second derivative
-                (column,) = torch.autograd.grad(g[..., i].sum(), s, retain_graph=True, allow_unused=True)
-            columns.append(torch.zeros_like(s) if column is None else column)
+                total_i = layer.outputs(g)[..., i].sum()
+                (column,) = torch.autograd.grad(total_i, s, retain_graph=True, allow_unused=True)
+            columns.append(layer.outputs(torch.zeros_like(s) if column is None else column)[:, 0])
     S = torch.stack(columns, dim=1).detach()
     return (S + S.mT) / 2

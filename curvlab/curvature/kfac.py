@@ -100,14 +100,20 @@ class KFAC:
             a_sum, s_sum = (zeros.new_zeros(d, d) for d in (layer.d_in, layer.d_out))
             sums[layer.name] = Factors(layer.shape, a_sum, s_sum, Scale())
         for pass_ in passes(
-            model, loss, data, chosen, desc="K-FAC factors", first_example=first_example, micro_batch=micro_batch
+            model,
+            loss,
+            data,
+            chosen,
+            desc="K-FAC factors",
+            first_example=first_example,
+            micro_batch=micro_batch,
         ):
             for layer in chosen:
                 a, old = pass_.inputs(layer), sums[layer.name]
                 counted = pass_.scale(layer, a)
                 if sharing == "reduce":
+                    counted = Scale(counted.terms, pass_.used(a))
                     a = a.sum(1, keepdim=True) / pass_.positions(a)
-                    counted = Scale(counted.terms, len(a))
                 add_gram(old.a_sum, a)
                 sums[layer.name] = replace(old, scale=old.scale + counted)
             for gradients in pass_.gradients(columns(pass_, loss, labels, draws, seed)):
@@ -222,16 +228,11 @@ class _Leading:
         """At least `count` pairs, by a full decomposition once that is the cheaper way."""
         limit = LANCZOS_UNTIL * self.dim
         if self.lanczos is not None and count < limit:
-            pairs = self.lanczos.solve(lambda values: len(values) >= count or self.lanczos_size > limit)
-            self.values, self.vectors = pairs.values.to(self.factor).clamp_min(0), pairs.vectors
-            if self.lanczos_size <= limit:
+            pairs = self.lanczos.solve(lambda values: len(values) >= count, limit=limit)
+            if self.lanczos.size <= limit:
+                self.values, self.vectors = pairs.values.to(self.factor).clamp_min(0), pairs.vectors
                 return
         self.values, self.vectors = eigh(self.factor, semidefinite=True)
-
-    @property
-    def lanczos_size(self) -> int:
-        assert self.lanczos is not None
-        return self.lanczos.size
 
     @property
     def complete(self) -> bool:
@@ -259,6 +260,6 @@ def _staircase(
             cut = above[int(torch.searchsorted(above.cumsum(0), energy).clamp(max=len(above) - 1))]
             if float(cut) * (1 - 1e-3) > level:  # clear of the level, ties included
                 break
-        slower = inner if level_in >= level_out else outer
+        slower = inner if outer.complete or (not inner.complete and level_in >= level_out) else outer
         slower.grow(2 * len(slower.values))
     return KroneckerBasis(layer, outer.vectors, inner.vectors), values, level

@@ -101,10 +101,14 @@ Rows = OuterRows | FullRows
 def concatenate(parts: Sequence[Rows]) -> Rows:
     """The rows of several passes as one (sequences of different lengths have different numbers of rows)."""
     first = parts[0]
-    if isinstance(first, OuterRows):
+    if all(isinstance(part, OuterRows) for part in parts):
         outer = [part for part in parts if isinstance(part, OuterRows)]
         return OuterRows(first.layer, torch.cat([part.a for part in outer]), _stack([part.g for part in outer]))
-    return FullRows(first.layer, _stack([part.q for part in parts if isinstance(part, FullRows)]))
+    return FullRows(first.layer, _stack([_written_out(part) for part in parts]))
+
+
+def _written_out(rows: Rows) -> Tensor:
+    return rows.q if isinstance(rows, FullRows) else torch.einsum("nki,nj->nkij", rows.g, rows.a).flatten(2)
 
 
 def _stack(parts: list[Tensor]) -> Tensor:
@@ -257,9 +261,12 @@ class AutogradProduct:
     vectors_at_once: int = 16
     known_trace: float | None = None
 
+    @torch.no_grad()  # the other parameters may ask for gradients
     def matmat(self, vectors: Tensor) -> Tensor:
         parameters = {
-            name: p.detach() for layer in self.layers for name, p in zip(layer.parameter_names, layer.parameters(), strict=True)
+            name: p.detach()
+            for layer in self.layers
+            for name, p in zip(layer.parameter_names, layer.parameters(), strict=True)
         }
         like = next(iter(parameters.values()))
         out = torch.zeros(vectors.shape, dtype=like.dtype, device=like.device)
@@ -329,6 +336,8 @@ class _Call:
 
 def announce_dense(p: int, like: Tensor) -> None:
     announce(
-        f"dense curvature of {p:,} parameters", 2 * bytes_of(p, p, dtype=like.dtype),
-        "products and leading eigenpairs: .matmat, .spectrum(gamma=…) or .spectrum(k=…)", like.device,
+        f"dense curvature of {p:,} parameters",
+        2 * bytes_of(p, p, dtype=like.dtype),
+        "products and leading eigenpairs: .matmat, .spectrum(gamma=…) or .spectrum(k=…)",
+        like.device,
     )

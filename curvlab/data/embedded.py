@@ -70,9 +70,7 @@ def embedded_digits(seed: int = 0, copies: int = 8, n_test: int = 450) -> tuple[
     # Ink 0..16 to 0..1; float32 holds these exactly.
     images = torch.from_numpy(digits.images).float().unsqueeze(1) / 16
     labels = torch.from_numpy(digits.target).long()
-    train, test = train_test_split(
-        np.arange(len(labels)), test_size=n_test, random_state=seed, stratify=digits.target
-    )
+    train, test = train_test_split(np.arange(len(labels)), test_size=n_test, random_state=seed, stratify=digits.target)
     generator = torch.Generator().manual_seed(seed)
     train = torch.from_numpy(train).repeat_interleave(copies)
     jitter = _affine(len(train), generator, turn=10, slant=0.15, stretch=0.1, shift=2 / 14)
@@ -142,9 +140,7 @@ def _weights(ink: Tensor) -> Tensor:
     return torch.stack([(thin + ink) / 2, ink, thick, thicker])
 
 
-def _affine(
-    n: int, generator: torch.Generator, *, turn: float, slant: float, stretch: float, shift: float
-) -> Tensor:
+def _affine(n: int, generator: torch.Generator, *, turn: float, slant: float, stretch: float, shift: float) -> Tensor:
     """n random maps (n, 2, 3) from output to input coordinates; turn in degrees, shift in half widths."""
     # Uniform in [-1, 1]: angle, slant, the two stretches and the two shifts.
     u = 2 * torch.rand(n, 6, generator=generator) - 1

@@ -22,6 +22,7 @@ from torch import Tensor
 from torchvision.datasets import MNIST, FashionMNIST
 
 from curvlab.data.embedded import RawSet, embedded_digits, embedded_letters
+from curvlab.storage import cache_folder
 
 _log = logging.getLogger("curvlab")
 
@@ -41,9 +42,7 @@ _UNPACKED_MD5 = {
     },
 }
 _NETWORK_SECONDS = 5.0
-_WHAT_TO_DO = (
-    "set CURVLAB_DATA or --data to a folder with MNIST/raw and FashionMNIST/raw, or use --dataset embedded"
-)
+_WHAT_TO_DO = "set CURVLAB_DATA or --data to a folder with MNIST/raw and FashionMNIST/raw, or use --dataset embedded"
 
 
 @dataclass(frozen=True)
@@ -88,9 +87,7 @@ class ImagePair:
         return record
 
 
-def load_pair(
-    dataset: Literal["auto", "mnist", "embedded"] = "auto", root: str | Path | None = None
-) -> ImagePair:
+def load_pair(dataset: Literal["auto", "mnist", "embedded"] = "auto", root: str | Path | None = None) -> ImagePair:
     """The pair of tasks: "mnist" (MNIST, then Fashion-MNIST), "embedded" (digits, then letters) or "auto".
 
     The files are looked for in `root`, else in the folder CURVLAB_DATA names (both in torchvision's layout,
@@ -128,9 +125,7 @@ def subset(images: ImageSet, n: int, seed: int) -> ImageSet:
     ValueError unless 1 ≤ n ≤ N.
     """
     if not 1 <= n <= len(images):
-        raise ValueError(
-            f"cannot take {n} of the {len(images)} images of {images.name}; n must be 1..{len(images)}"
-        )
+        raise ValueError(f"cannot take {n} of the {len(images)} images of {images.name}; n must be 1..{len(images)}")
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(images), generator=generator)
     labels = images.y[order]
@@ -145,9 +140,7 @@ def subset(images: ImageSet, n: int, seed: int) -> ImageSet:
 
 
 def _embedded_pair(note: str = "") -> ImagePair:
-    return _pair(
-        "embedded", ("embedded digits", *embedded_digits()), ("embedded letters", *embedded_letters()), note
-    )
+    return _pair("embedded", ("embedded digits", *embedded_digits()), ("embedded letters", *embedded_letters()), note)
 
 
 def _pair(
@@ -199,7 +192,7 @@ def _raw(kind: type[MNIST], root: Path | None) -> tuple[RawSet, RawSet]:
 
 def _in_cache(kind: type[MNIST], source: Path | None) -> Path:
     """The cache's root holding this dataset unpacked; filled from `source`'s packed files, or the network."""
-    cache = Path(os.environ.get("CURVLAB_CACHE") or "~/.cache/curvlab").expanduser()
+    cache = cache_folder()
     # Named after the contents, so that other files never meet under one name.
     key = hashlib.md5("".join(md5 for _, md5 in kind.resources).encode(), usedforsecurity=False).hexdigest()
     final = cache / f"{kind.__name__}-{key[:12]}"

@@ -13,9 +13,7 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor, batch_size: int = 1000) -> 
     set, for labels that do not match the inputs, and for a batch size below one.
     """
     if len(x) == 0 or y.shape != (len(x),):
-        raise ValueError(
-            f"accuracy needs N > 0 inputs and labels of shape (N,), got {len(x)} and {tuple(y.shape)}"
-        )
+        raise ValueError(f"accuracy needs N > 0 inputs and labels of shape (N,), got {len(x)} and {tuple(y.shape)}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     was_training = model.training

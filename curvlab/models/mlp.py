@@ -37,9 +37,7 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         if len(sizes) < 2 or min(sizes) < 1:
-            raise ValueError(
-                f"sizes must be two or more positive widths (inputs, ..., outputs), got {list(sizes)}"
-            )
+            raise ValueError(f"sizes must be two or more positive widths (inputs, ..., outputs), got {list(sizes)}")
         if activation not in _ACTIVATIONS:
             raise ValueError(f"unknown activation {activation!r}; MLP knows {', '.join(_ACTIVATIONS)}")
         self.sizes = tuple(sizes)

@@ -43,9 +43,7 @@ def pretrain(
     being finite.
     """
     if len(x) == 0 or y.shape != (len(x),):
-        raise ValueError(
-            f"pretrain needs N > 0 inputs and labels of shape (N,), got {len(x)} and {tuple(y.shape)}"
-        )
+        raise ValueError(f"pretrain needs N > 0 inputs and labels of shape (N,), got {len(x)} and {tuple(y.shape)}")
     if epochs < 1 or batch_size < 1 or lr <= 0:
         raise ValueError(f"epochs, batch_size and lr must be positive, got {epochs}, {batch_size} and {lr}")
     if target is not None and evaluate is None:
@@ -75,9 +73,7 @@ def pretrain(
                 done += 1
                 loss_of_epoch = float(total) / len(x)
                 if not torch.isfinite(total):
-                    raise FloatingPointError(
-                        f"the loss is {loss_of_epoch} after epoch {done}; try a smaller lr"
-                    )
+                    raise FloatingPointError(f"the loss is {loss_of_epoch} after epoch {done}; try a smaller lr")
                 if evaluate is not None:
                     score = evaluate(model)
                     bar.set_postfix(loss=f"{loss_of_epoch:.3f}", score=f"{score:.4f}")

@@ -1,0 +1,67 @@
+"""Results are rows: what was run, on what, with which versions, and what came out."""
+
+import hashlib
+import json
+import platform
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pandas as pd
+import torch
+
+from curvlab import __version__
+from curvlab.storage import replacing
+
+Row = dict[str, Any]
+
+
+def provenance() -> Row:
+    """Versions, commit and machine, as flat columns."""
+    return {
+        "curvlab": __version__,
+        "commit": _commit(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _commit() -> str:
+    """The commit of the checkout that holds this package, '+' where files were changed; '' outside a checkout."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def fingerprint(values: Mapping[str, Any]) -> str:
+    """A short hash of a configuration."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def cached_rows(path: Path, compute: Callable[[], list[Row]]) -> list[Row]:
+    """Rows of one unit of work: read from `path` if it was finished before, else computed and written there."""
+    if path.is_file():
+        return list(json.loads(path.read_text()))
+    rows = compute()
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(rows, indent=1))
+    return rows
+
+
+def write_table(rows: Sequence[Row], path: Path) -> pd.DataFrame:
+    """Write rows as CSV (a whole new file, or the old one) and give them as a table."""
+    table = pd.DataFrame(list(rows))
+    with replacing(path) as temporary:
+        table.to_csv(temporary, index=False)
+    return table

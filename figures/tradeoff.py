@@ -1,0 +1,109 @@
+"""The trade-off of the paper's Fig. 3, from the records of `studies/mnist_tradeoff.py`; computes no result.
+
+    python figures/tradeoff.py results/results.csv
+"""
+
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import pandas as pd
+
+# method → (name in the legend, colour, marker); told apart in grey by marker and line as well
+STYLE = {
+    "hessian": ("Hessian", "#000000", "s"),
+    "ggn": ("GGN", "#0072b2", "o"),
+    "kfac": ("K-FAC", "#d55e00", "^"),
+    "ekfac": ("EK-FAC", "#009e73", "v"),
+    "covariance": ("activation covariance", "#cc79a7", "D"),
+}
+
+
+def curve(rows: pd.DataFrame, knob: str) -> pd.DataFrame:
+    """Mean and standard deviation over seeds of both accuracies (in %), one line a value of γ or ε."""
+    grouped = rows.groupby(knob)[["pretrain_accuracy", "finetune_accuracy"]]
+    return (100 * grouped.mean()).join(100 * grouped.std().fillna(0.0), rsuffix="_std")
+
+
+def draw(table: pd.DataFrame, path: Path, from_accuracy: float = 90.0) -> list[Path]:
+    """Write `path` as PDF and PNG: pre-training accuracy against fine-tuning accuracy, a curve a method.
+
+    Args:
+        table: rows of the study.
+        path: file name; the endings .pdf and .png are put in turn.
+        from_accuracy: left end of the axis in per cent (the paper's plot begins at 95 %).
+    """
+    constraints = [c for c in ("null-space", "ellipsoid") if (table["constraint"] == c).any()]
+    figure, axes = plt.subplots(
+        1, len(constraints), figsize=(5.2 * len(constraints), 4.4), sharey=True, squeeze=False, layout="constrained"
+    )
+    titles = {"null-space": "null space (γ)", "ellipsoid": "ellipsoid ½ δᵀCδ ≤ ε"}
+    reference = table[table["constraint"] == "none"]
+    for ax, constraint in zip(axes[0], constraints, strict=True):
+        knob = "gamma" if constraint == "null-space" else "epsilon"
+        rows = table[(table["constraint"] == constraint) & (table["diverged"] == 0)]
+        for method, (label, colour, marker) in STYLE.items():
+            own = rows[rows["method"] == method]
+            if own.empty:
+                continue
+            c = curve(own, knob)
+            # the Hessian of a ReLU network is its GGN: draw it where it can be seen beneath
+            wide = method == "hessian"
+            ax.errorbar(
+                c["pretrain_accuracy"], c["finetune_accuracy"],
+                xerr=c["pretrain_accuracy_std"], yerr=c["finetune_accuracy_std"],
+                color=colour, marker=marker, label=label, markersize=8 if wide else 4.5,
+                markerfacecolor="none" if wide else colour, linewidth=2.2 if wide else 1.3,
+                linestyle=":" if wide else ("-" if constraint == "null-space" else "--"),
+                elinewidth=0.7, capsize=1.5, alpha=0.9,
+            )  # fmt: skip
+        if constraint == "ellipsoid" and ((table["constraint"] == "null-space") & (table["method"] == "ggn")).any():
+            exact = table[(table["constraint"] == "null-space") & (table["method"] == "ggn") & (table["diverged"] == 0)]
+            c = curve(exact, "gamma")
+            ax.plot(
+                c["pretrain_accuracy"], c["finetune_accuracy"], color="0.6", linewidth=3, alpha=0.6, zorder=0,
+                label="GGN null space, for comparison",
+            )  # fmt: skip
+        if not reference.empty:
+            c = curve(reference.assign(gamma=0.0), "gamma").iloc[0]
+            shown = max(c["pretrain_accuracy"], from_accuracy)
+            label = "unconstrained" + ("" if shown == c["pretrain_accuracy"] else f" (at {c['pretrain_accuracy']:.1f} %)")
+            ax.plot(shown, c["finetune_accuracy"], marker="*", markersize=12, color="0.35", linestyle="", label=label,
+                    clip_on=False)  # fmt: skip
+        top = 100 * table["base_accuracy"].mean()
+        ax.axvline(top, color="0.5", linewidth=0.8, linestyle="-.", label=f"before fine-tuning ({top:.2f} %)")
+        ax.set_xlim(from_accuracy, top + 0.03 * (top - from_accuracy))
+        ax.set_xlabel(f"{_task(table, 'pretrain')} (pre-training) test accuracy, %")
+        ax.set_title(titles[constraint], fontsize=10)
+        ax.grid(alpha=0.25, linewidth=0.5)
+        ax.legend(fontsize=7.5, loc="lower left")
+    axes[0][0].set_ylabel(f"{_task(table, 'finetune')} (fine-tuning) test accuracy, %")
+    first = table.iloc[0]
+    title = (
+        f"LeNet-5 ({first['activation']}), {first['layer']} edited with {first['optimizer']}, "
+        f"{table['seed'].nunique()} seed{'s' * (table['seed'].nunique() > 1)}: mean ± standard deviation"
+    )
+    note = str(first.get("dataset_note", "") or "")
+    if note and note != "nan":
+        title += "\nEMBEDDED DATA, not MNIST → Fashion-MNIST"
+    figure.suptitle(title, fontsize=10)
+    files = [path.with_suffix(".pdf"), path.with_suffix(".png")]
+    for file in files:
+        figure.savefig(file, dpi=160)
+    plt.close(figure)
+    return files
+
+
+def _task(table: pd.DataFrame, part: str) -> str:
+    names = {"mnist": ("MNIST", "Fashion-MNIST"), "embedded": ("digits", "letters")}
+    return names[str(table["dataset"].iloc[0])][part == "finetune"]
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    source = Path(sys.argv[1])
+    print(*draw(pd.read_csv(source), source.with_name("tradeoff.pdf")), sep="\n")
