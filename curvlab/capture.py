@@ -292,7 +292,9 @@ def _forward(
 
 def _check_targets(outputs: Tensor, targets: Tensor, terms: Tensor, mask: Tensor | None) -> None:
     if not targets.is_floating_point() and bool((terms & ((targets < 0) | (targets >= outputs.shape[-1]))).any()):
-        raise ValueError(f"class indices must lie in 0 to {outputs.shape[-1] - 1}, got {targets.min()} to {targets.max()}")
+        raise ValueError(
+            f"class indices must lie in 0 to {outputs.shape[-1] - 1}, got {targets.min()} to {targets.max()}"
+        )
     if mask is not None and mask.shape == terms.shape and bool((terms & ~mask).any()):
         raise ValueError("padding carries a loss: set the targets there to the loss' ignore_index")
 

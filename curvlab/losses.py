@@ -145,7 +145,9 @@ def as_loss(loss: Any) -> Loss:
         return CrossEntropy(ignore_index=loss.ignore_index)
     if isinstance(loss, nn.MSELoss):
         raise ValueError("nn.MSELoss averages over outputs; say which scale is meant: SquaredError(scale=2 / C)")
-    if isinstance(loss, type) or not all(hasattr(loss, name) for name in ("value", "hessian_factor", "sampled_gradient", "bregman")):
+    if isinstance(loss, type) or not all(
+        hasattr(loss, name) for name in ("value", "hessian_factor", "sampled_gradient", "bregman")
+    ):
         raise TypeError(f"{loss!r} is no loss; use CrossEntropy(), SquaredError() or the methods of losses.Loss")
     return loss  # type: ignore[no-any-return]
 

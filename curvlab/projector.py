@@ -425,7 +425,10 @@ def stack(constraints: Sequence[Constraint]) -> Constraint:
         if not same or any(a.basis is not b.basis for a, b in zip(first.blocks, other.blocks, strict=True)):
             raise ValueError("only constraints on one spectrum can be stacked")
     if isinstance(first, Ellipsoid):
-        return replace(first, epsilon=torch.tensor([c.epsilon for c in constraints if isinstance(c, Ellipsoid)], dtype=torch.float64))
+        return replace(
+            first,
+            epsilon=torch.tensor([c.epsilon for c in constraints if isinstance(c, Ellipsoid)], dtype=torch.float64),
+        )
     nulls = [c for c in constraints if isinstance(c, NullSpace)]
     return NullSpace(
         tuple(

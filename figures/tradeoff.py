@@ -22,6 +22,9 @@ STYLE = {
 }
 
 
+TASK_NAMES = {"mnist": ("MNIST", "Fashion-MNIST"), "embedded": ("digits", "letters")}
+
+
 def curve(rows: pd.DataFrame, knob: str) -> pd.DataFrame:
     """Mean and standard deviation over seeds of both accuracies (in %), one line a value of γ or ε."""
     grouped = rows.groupby(knob)[["pretrain_accuracy", "finetune_accuracy"]]
@@ -98,8 +101,7 @@ def draw(table: pd.DataFrame, path: Path, from_accuracy: float = 90.0) -> list[P
 
 
 def _task(table: pd.DataFrame, part: str) -> str:
-    names = {"mnist": ("MNIST", "Fashion-MNIST"), "embedded": ("digits", "letters")}
-    return names[str(table["dataset"].iloc[0])][part == "finetune"]
+    return TASK_NAMES[str(table["dataset"].iloc[0])][part == "finetune"]
 
 
 if __name__ == "__main__":

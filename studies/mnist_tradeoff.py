@@ -12,6 +12,7 @@ import math
 import os
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,7 +36,7 @@ from curvlab.projector import Constraint, NullSpace
 from curvlab.records import Row, cached_rows, fingerprint, provenance, write_table
 from curvlab.storage import cache_folder, load_tensors, save_tensors
 from curvlab.sweep import sweep
-from figures.tradeoff import draw
+from figures.tradeoff import TASK_NAMES, draw
 
 METHODS = ("hessian", "ggn", "kfac", "ekfac", "covariance", "none")
 KRONECKER = ("kfac", "ekfac", "covariance")
@@ -196,10 +197,10 @@ def identity(config: Config, preset: Preset, pair: ImagePair) -> Row:
 def pretrained(config: Config, preset: Preset, pair: ImagePair, seed: int) -> LeNet5:
     """LeNet-5 after pre-training; cached, so that it is trained once a seed."""
     train = pair.pretrain_train
-    images = min(preset.pretrain_images, len(train))
+    count = min(preset.pretrain_images, len(train))
     epochs = preset.pretrain_epochs if pair.name == "mnist" else 3 * preset.pretrain_epochs
     key = fingerprint(
-        {"seed": seed, "activation": config.activation, "images": images, "epochs": epochs, "torch": torch.__version__,
+        {"seed": seed, "activation": config.activation, "images": count, "epochs": epochs, "torch": torch.__version__,
          "data": pair.provenance()["dataset_checksum"]}
     )  # fmt: skip
     file = cache_folder() / f"lenet5-{key}.safetensors"
@@ -207,8 +208,8 @@ def pretrained(config: Config, preset: Preset, pair: ImagePair, seed: int) -> Le
         torch.manual_seed(seed)
         model = LeNet5(config.activation)
     if not file.is_file():
-        if images < len(train):
-            train = subset(train, images, seed)
+        if count < len(train):
+            train = subset(train, count, seed)
         pretrain(model, train.x, train.y, epochs=epochs, seed=seed, progress_desc=f"pre-training, seed {seed}")
         save_tensors(file, "lenet5", model.state_dict(), {"seed": str(seed)})
     model.load_state_dict(load_tensors(file, "lenet5")[0])
@@ -227,9 +228,17 @@ class Task:
     base_accuracy: float
 
 
+@lru_cache(maxsize=1)
+def images(dataset: str, root: Path | None) -> ImagePair:
+    """The data, once a process: workers load them rather than being sent them."""
+    return load_pair(dataset, root)  # type: ignore[arg-type]
+
+
+@lru_cache(maxsize=1)
 @torch.no_grad()
-def prepare(config: Config, preset: Preset, pair: ImagePair, seed: int) -> Task:
+def prepare(config: Config, preset: Preset, seed: int) -> Task:
     """Run the frozen layers below the edited one once, on everything."""
+    pair = images(config.dataset, config.data)
     body, head = split_at(pretrained(config, preset, pair, seed), config.layer)
 
     def through(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -278,11 +287,12 @@ def constrain(curvature: Any, constraint: str, values: tuple[float, ...]) -> lis
     return [spectrum.ellipsoid(value) for value in values]
 
 
-def run_unit(config: Config, preset: Preset, pair: ImagePair, unit: Unit) -> list[Row]:
+def run_unit(config: Config, preset: Preset, unit: Unit) -> list[Row]:
     """Fit, fine-tune under every γ (or ε) at once, measure."""
     torch.set_num_threads(1)  # the same rows whatever the number of processes
+    pair = images(config.dataset, config.data)
+    task = prepare(config, preset, unit.seed)
     started = time.perf_counter()
-    task = prepare(config, preset, pair, unit.seed)
     head = task.head
     (layer,) = find_layers(head, config.layer)
     W0 = layer.matrix().clone()
@@ -437,7 +447,7 @@ def main(config: Config) -> None:
     started = time.perf_counter()
     config, preset = resolve(config)
     try:
-        pair = load_pair(config.dataset, config.data)
+        pair = images(config.dataset, config.data)
     except (FileNotFoundError, ValueError) as error:
         raise SystemExit(str(error)) from error
     if pair.note:
@@ -451,11 +461,11 @@ def main(config: Config) -> None:
 
     def finish(unit: Unit) -> list[Row]:
         file = folder / f"{unit.seed}-{unit.method}-{unit.constraint}.json"
-        return cached_rows(file, lambda: run_unit(config, preset, pair, unit))
+        return cached_rows(file, lambda: run_unit(config, preset, unit))
 
     def warm_up(seed: int) -> None:
         torch.set_num_threads(1)
-        pretrained(config, preset, pair, seed)
+        pretrained(config, preset, images(config.dataset, config.data), seed)
 
     with joblib.parallel_config(backend=config.backend if jobs > 1 else "sequential", n_jobs=jobs):
         parallel = joblib.Parallel(return_as="generator_unordered")
@@ -473,7 +483,7 @@ def main(config: Config) -> None:
     table = write_table(rows, config.out / "results.csv")
     files = draw(table, config.out / "tradeoff.pdf", from_accuracy=float(axis_start(table)))
 
-    pretrain_name, finetune_name = pair.pretrain_train.name, pair.finetune_train.name
+    pretrain_name, finetune_name = TASK_NAMES[pair.name]
     print(f"\n{finetune_name} test accuracy (%) at a given {pretrain_name} accuracy, mean ± sd over seeds")
     print(summary(table).to_string(index=False))
     if (table["constraint"] == "ellipsoid").any():
@@ -497,4 +507,6 @@ def axis_start(table: pd.DataFrame) -> float:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    import mnist_tradeoff  # by name, so that worker processes import it too and keep what they have loaded
+
+    mnist_tradeoff.main(tyro.cli(mnist_tradeoff.Config, description=__doc__))

@@ -335,10 +335,7 @@ def layer_inputs(case: Case, layer: str, inputs: Any) -> Tensor:
     handle.remove()
     (x,) = seen
     assert len(x) == 1
-    if isinstance(module, nn.Conv2d):
-        a = torch.stack(list(_patches(module, x)))
-    else:
-        a = x.reshape(-1, x.shape[-1])
+    a = torch.stack(list(_patches(module, x))) if isinstance(module, nn.Conv2d) else x.reshape(-1, x.shape[-1])
     joint = case.bias and module.bias is not None
     return torch.cat([a, torch.ones(len(a), 1)], 1) if joint else a
 

@@ -177,6 +177,4 @@ def test_absolute_traces_lie_within_their_error(name: str) -> None:
 
 def test_absolute_traces_of_nothing() -> None:
     assert absolute_trace(lambda rows: 0 * rows, 10, dtype=torch.float64, device="cpu") == (0.0, 0.0)
-    assert absolute_trace(
-        lambda rows: rows, 10, dtype=torch.float64, device="cpu", deflate=torch.eye(10)
-    ) == (0.0, 0.0)
+    assert absolute_trace(lambda rows: rows, 10, dtype=torch.float64, device="cpu", deflate=torch.eye(10)) == (0.0, 0.0)

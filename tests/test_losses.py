@@ -144,7 +144,9 @@ def test_bregman_is_its_definition(loss: Any) -> None:
     outputs, targets = example(loss)
     reference = outputs + torch.randn_like(outputs)
     slope = grad(lambda o: losses(loss, o, targets).sum())(reference)
-    expected = losses(loss, outputs, targets) - losses(loss, reference, targets) - (slope * (outputs - reference)).sum(-1)
+    expected = (
+        losses(loss, outputs, targets) - losses(loss, reference, targets) - (slope * (outputs - reference)).sum(-1)
+    )
     assert_close(loss.bregman(outputs, reference, targets), expected)
     assert float(loss.bregman(outputs, outputs, targets).abs().max()) < 1e-14
 

@@ -41,7 +41,9 @@ def test_dense_is_the_definition_in_every_layout(any_case, store) -> None:  # ty
 
 
 @pytest.mark.parametrize("store", [True, False], ids=["stored", "recomputed"])
-@pytest.mark.parametrize("name", ["linear, two layers", "sequence, two layers", "convolution and linear", "sequence, ragged"])
+@pytest.mark.parametrize(
+    "name", ["linear, two layers", "sequence, two layers", "convolution and linear", "sequence, ragged"]
+)
 def test_products_forms_and_operators_agree_with_dense(name: str, store: bool) -> None:
     c = case(name)
     fit = GaussNewton.fit(*c.arguments, bias=c.bias, store=store)
@@ -112,7 +114,8 @@ def test_padding_counts_nowhere() -> None:
     for layers in (["first"], ["first", "second"]):
         together.layers = single.layers = layers
         assert_close(
-            GaussNewton.fit(*together.arguments, bias=True).dense(), GaussNewton.fit(*single.arguments, bias=True).dense()
+            GaussNewton.fit(*together.arguments, bias=True).dense(),
+            GaussNewton.fit(*single.arguments, bias=True).dense(),
         )
 
 
@@ -134,7 +137,9 @@ def test_model_labels_converge_to_the_exact_matrix(name: str) -> None:
     c = case(name)
     exact = gauss_newton_matrix(c)
     few, many = (
-        float((GaussNewton.fit(*c.arguments, bias=c.bias, labels="model", draws=n).dense() - exact).norm() / exact.norm())
+        float(
+            (GaussNewton.fit(*c.arguments, bias=c.bias, labels="model", draws=n).dense() - exact).norm() / exact.norm()
+        )
         for n in (16, 1600)
     )
     assert many < 0.06  # Monte-Carlo error ∝ 1/√draws; ten times that of "few" draws would be a bias

@@ -220,9 +220,10 @@ def test_draws_do_not_depend_on_batches_shards_or_order(name: str, sharing: str)
         assert_close(variant.factors[c.layers[0]].S, whole.factors[c.layers[0]].S, 1e-13)
         assert variant.factors[c.layers[0]].scale == whole.factors[c.layers[0]].scale
     unkeyed = KFAC.merge(fit([first]), fit([second]))  # both shards draw as if they came first
-    reseeded = fit(c.data).factors[c.layers[0]].S - KFAC.fit(
-        *c.arguments, labels="model", draws=4, seed=4, sharing=sharing
-    ).factors[c.layers[0]].S  # type: ignore[arg-type]
+    reseeded = (
+        fit(c.data).factors[c.layers[0]].S
+        - KFAC.fit(*c.arguments, labels="model", draws=4, seed=4, sharing=sharing).factors[c.layers[0]].S
+    )  # type: ignore[arg-type]
     for difference in (unkeyed.factors[c.layers[0]].S - whole.factors[c.layers[0]].S, reseeded):
         assert float(difference.norm()) > 1e-3 * float(whole.factors[c.layers[0]].S.norm())
 
