@@ -18,7 +18,7 @@ from curvlab.layers import MatrixLayer
 from curvlab.losses import Labels, Loss, Scale
 from curvlab.progress import progress
 
-Data = Iterable[Sequence[Any]]
+Data = Iterable[Any]
 
 MAX_COLUMNS = 2048  # backward passes a batch that `labels="exact"` may ask for
 MICRO_BATCH = 512  # examples of one forward pass; larger batches are split (exactly: statistics are sums)
@@ -146,16 +146,15 @@ def split(data: Data, micro_batch: int | None = None) -> Iterator[Batch]:
     size = MICRO_BATCH if micro_batch is None else micro_batch
     empty = True
     for item in data:
-        if not isinstance(item, Batch):
-            if isinstance(item, Tensor) or len(item) not in (2, 3):
-                raise ValueError("data must yield (inputs, targets) or (inputs, targets, mask) batches")
-            item = Batch(*item)
-        leading = next(iter(item.inputs.values())) if isinstance(item.inputs, dict) else item.inputs
-        if len(leading) != len(item):
-            raise ValueError(f"a batch has {len(leading)} inputs but {len(item)} targets")
-        for start in range(0, len(item), size):
+        if isinstance(item, Tensor) or (not isinstance(item, Batch) and len(item) not in (2, 3)):
+            raise ValueError("data must yield (inputs, targets) or (inputs, targets, mask) batches")
+        batch = item if isinstance(item, Batch) else Batch(*item)
+        leading = next(iter(batch.inputs.values())) if isinstance(batch.inputs, dict) else batch.inputs
+        if len(leading) != len(batch):
+            raise ValueError(f"a batch has {len(leading)} inputs but {len(batch)} targets")
+        for start in range(0, len(batch), size):
             empty = False
-            yield item[start : start + size]
+            yield batch[start : start + size]
     if empty:
         raise ValueError("the data are empty: no batch with at least one example")
 

@@ -36,8 +36,8 @@ class Weights(Protocol):
 class Constraint(Protocol):
     """What descent asks of a constraint (`NullSpace`, `Ellipsoid`, or a stack of them)."""
 
-    linear: bool
-
+    @property
+    def linear(self) -> bool: ...
     @property
     def layers(self) -> list[LayerShape]: ...
     def project(self, delta: Matrices) -> Matrices: ...

@@ -177,7 +177,7 @@ class Eigenbasis:
         return add
 
     def _post(self) -> None:
-        if not self.constraint.linear:
+        if isinstance(self.constraint, Ellipsoid):
             with torch.no_grad():
                 # displacement counts from θ0: what was folded in at refits is still spent
                 whole = [Z + spent for Z, spent in zip(self.coordinates, self._folded, strict=True)]

@@ -123,7 +123,7 @@ class Conv2dLayer(MatrixLayer):
             raise ValueError(f"{self.name}: Conv2d inputs must be (N, C, H, W), got shape {tuple(x.shape)}")
         mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
         x = F.pad(x, conv._reversed_padding_repeated_twice, mode=mode)
-        return F.unfold(x, conv.kernel_size, conv.dilation, 0, conv.stride).mT  # type: ignore[arg-type]
+        return F.unfold(x, conv.kernel_size, conv.dilation, 0, conv.stride).mT
 
     def outputs(self, s: Tensor) -> Tensor:
         return s.flatten(2).mT

@@ -149,7 +149,7 @@ def as_loss(loss: Any) -> Loss:
         hasattr(loss, name) for name in ("value", "hessian_factor", "sampled_gradient", "bregman")
     ):
         raise TypeError(f"{loss!r} is no loss; use CrossEntropy(), SquaredError() or the methods of losses.Loss")
-    return loss  # type: ignore[no-any-return]
+    return loss
 
 
 @dataclass(frozen=True)

@@ -40,14 +40,11 @@ class NullBlock:
     def _cheapest(self) -> tuple[Basis, Tensor, bool]:
         """The restricted basis that costs least, its mask, and whether that mask says what is removed."""
         stacked = self.removed.dim() > len(self.basis.shape)
-        used = self.removed.any(0) if stacked else self.removed
-        removing = self.basis.restrict(used)
-        choices = [(removing, self.removed, True)]
-        if self.basis.complete:
-            kept = ~self.removed
-            choices.append((self.basis.restrict(kept.any(0) if stacked else kept), kept, False))
-        (basis, index), mask, removes = min(choices, key=lambda choice: choice[0][0].cost())
-        return basis, mask[(..., *index)].to(basis.like.dtype), removes
+        masks = [(self.removed, True)] + ([(~self.removed, False)] if self.basis.complete else [])
+        options = [(mask.any(0) if stacked else mask, mask, removes) for mask, removes in masks]
+        used, mask, removes = min(options, key=lambda option: self.basis.cost(option[0]))
+        basis, index = self.basis.restrict(used)
+        return basis, mask[..., *index].to(basis.like.dtype), removes
 
     def project(self, delta: Matrices) -> Matrices:
         basis, mask, removes = self._cheapest
@@ -155,7 +152,7 @@ class NullSpace:
         for b in self.blocks:
             used = b.removed if b.removed.dim() == len(b.basis.shape) else b.removed.any(0)
             basis, index = b.basis.restrict(used)
-            blocks.append(NullBlock(basis, b.removed[(..., *index)], b.energy, b.threshold))
+            blocks.append(NullBlock(basis, b.removed[..., *index], b.energy, b.threshold))
         return replace(self, blocks=tuple(blocks))
 
     def save(self, path: str | Path) -> None:
@@ -422,7 +419,7 @@ def stack(constraints: Sequence[Constraint]) -> Constraint:
     first = constraints[0]
     for other in constraints:
         same = type(other) is type(first) and len(other.blocks) == len(first.blocks)
-        if not same or any(a.basis is not b.basis for a, b in zip(first.blocks, other.blocks, strict=True)):
+        if not same or [id(block.basis) for block in first.blocks] != [id(block.basis) for block in other.blocks]:
             raise ValueError("only constraints on one spectrum can be stacked")
     if isinstance(first, Ellipsoid):
         return replace(
@@ -528,7 +525,7 @@ def _check_layers(layers: Sequence[LayerShape], delta: Matrices) -> None:
 def _save(
     path: str | Path,
     kind: str,
-    blocks: Sequence[NullBlock] | Sequence[EllipsoidBlock],
+    blocks: Sequence[NullBlock | EllipsoidBlock],
     numbers: dict[str, Any],
 ) -> None:
     tensors: dict[str, Tensor] = {}

@@ -4,7 +4,7 @@ import hashlib
 import json
 import platform
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +59,7 @@ def cached_rows(path: Path, compute: Callable[[], list[Row]]) -> list[Row]:
     return rows
 
 
-def write_table(rows: Sequence[Row], path: Path) -> pd.DataFrame:
-    """Write rows as CSV (a whole new file, or the old one) and give them as a table."""
-    table = pd.DataFrame(list(rows))
+def write_table(table: pd.DataFrame, path: Path) -> None:
+    """Write a table as CSV: a reader sees the old file or the whole new one."""
     with replacing(path) as temporary:
         table.to_csv(temporary, index=False)
-    return table

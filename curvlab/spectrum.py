@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -74,14 +74,16 @@ class DenseBasis:
         """The displacement with these coordinates."""
         return unflatten(self.layers, coordinates @ self.vectors.mT)
 
-    def restrict(self, used: Tensor) -> tuple["DenseBasis", tuple[Tensor, ...]]:
+    def restrict(self, used: Tensor) -> tuple["DenseBasis", tuple[Any, ...]]:
         """The columns where the mask `used` (r,) is true, and their index."""
         (index,) = used.nonzero(as_tuple=True)
+        if len(index) == self.vectors.shape[1]:
+            return self, (index,)
         return replace(self, vectors=self.vectors[:, index].contiguous()), (index,)
 
-    def cost(self) -> float:
-        """Multiply–adds of rotating there and back."""
-        return 2.0 * self.vectors.numel()
+    def cost(self, used: Tensor) -> float:
+        """Multiply–adds of rotating there and back with the basis restricted to `used`."""
+        return 2.0 * self.size * int(used.sum())
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "DenseBasis":
         return replace(self, vectors=function(self.vectors))
@@ -142,22 +144,27 @@ class KroneckerBasis:
             Q = (self.u_out @ coordinates) @ self.u_in.mT
         return {self.layer.name: Q}
 
-    def restrict(self, used: Tensor) -> tuple["KroneckerBasis", tuple[Tensor, ...]]:
+    def restrict(self, used: Tensor) -> tuple["KroneckerBasis", tuple[Any, ...]]:
         """The eigenvectors of the smallest rectangle that holds the mask `used` (r_out, r_in), and its index."""
-        (columns,) = used.any(0).nonzero(as_tuple=True)
-        u_in = self.u_in[:, columns].contiguous()
-        if self.u_out is None:
-            rows = torch.arange(self.layer.d_out, device=used.device)
-            return replace(self, u_in=u_in), (rows[:, None], columns[None, :])
-        (rows,) = used.any(1).nonzero(as_tuple=True)
-        u_out = self.u_out[:, rows].contiguous()
+        rows, columns = self._rectangle(used)
+        u_in = self.u_in if len(columns) == self.u_in.shape[1] else self.u_in[:, columns].contiguous()
+        u_out = self.u_out
+        if u_out is not None and len(rows) < u_out.shape[1]:
+            u_out = u_out[:, rows].contiguous()
         return KroneckerBasis(self.layer, u_out, u_in), (rows[:, None], columns[None, :])
 
-    def cost(self) -> float:
-        (d_out, d_in), (r_out, r_in) = (self.layer.d_out, self.layer.d_in), self.shape
+    def cost(self, used: Tensor) -> float:
+        rows, columns = self._rectangle(used)
+        d_out, d_in, r_out, r_in = self.layer.d_out, self.layer.d_in, len(rows), len(columns)
         if self.u_out is None:
             return 2.0 * d_out * d_in * r_in
         return 2.0 * min(r_out * d_in * (d_out + r_in), d_out * r_in * (d_in + r_out))
+
+    def _rectangle(self, used: Tensor) -> tuple[Tensor, Tensor]:
+        (columns,) = used.any(0).nonzero(as_tuple=True)
+        if self.u_out is None:  # no basis to restrict on this side
+            return torch.arange(self.layer.d_out, device=used.device), columns
+        return used.any(1).nonzero(as_tuple=True)[0], columns
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "KroneckerBasis":
         return replace(self, u_out=None if self.u_out is None else function(self.u_out), u_in=function(self.u_in))

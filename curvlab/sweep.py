@@ -275,14 +275,15 @@ def sweep(
         if refit is None:
             continue
         moved = relative_change({layer: weights.matrix()}, {layer: reference})
-        kept = list(descent.constraint.constraints)
+        kept = list(grouped.constraints)
         drifted = [run for run in range(runs) if moved[run] > threshold and alive[run] and kept[run] is not None]
         for run in drifted:
             reference[run] = weights.matrix()[run]
             kept[run] = refit(run, reference[run].clone()).to(start.dtype, start.device)
             refits[run] += 1
         if drifted:
-            descent.replace(Grouped(found.shape, kept))
+            grouped = Grouped(found.shape, kept)
+            descent.replace(grouped)
     drift = relative_change({layer: weights.matrix()}, {layer: start})
     return SweepResult(weights.matrix().clone(), refits, drift.tolist(), torch.stack(by_epoch), (~alive).tolist())
 

@@ -1,6 +1,6 @@
 """The trade-off of the paper's Fig. 3, from the records of `studies/mnist_tradeoff.py`; computes no result.
 
-    python figures/tradeoff.py results/results.csv
+python figures/tradeoff.py results/results.csv
 """
 
 import sys
@@ -71,10 +71,10 @@ def draw(table: pd.DataFrame, path: Path, from_accuracy: float = 90.0) -> list[P
                 label="GGN null space, for comparison",
             )  # fmt: skip
         if not reference.empty:
-            c = curve(reference.assign(gamma=0.0), "gamma").iloc[0]
-            shown = max(c["pretrain_accuracy"], from_accuracy)
-            label = "unconstrained" + ("" if shown == c["pretrain_accuracy"] else f" (at {c['pretrain_accuracy']:.1f} %)")
-            ax.plot(shown, c["finetune_accuracy"], marker="*", markersize=12, color="0.35", linestyle="", label=label,
+            kept, learnt = (100 * reference[f"{part}_accuracy"].mean() for part in ("pretrain", "finetune"))
+            shown = max(kept, from_accuracy)
+            label = "unconstrained" + ("" if shown == kept else f" (at {kept:.1f} %)")
+            ax.plot(shown, learnt, marker="*", markersize=12, color="0.35", linestyle="", label=label,
                     clip_on=False)  # fmt: skip
         top = 100 * table["base_accuracy"].mean()
         ax.axvline(top, color="0.5", linewidth=0.8, linestyle="-.", label=f"before fine-tuning ({top:.2f} %)")

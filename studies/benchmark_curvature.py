@@ -21,7 +21,6 @@ import importlib.metadata
 import json
 import math
 import platform
-import subprocess
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -51,6 +50,7 @@ from curvlab.memory import human
 from curvlab.models import MLP, LeNet5, pretrain
 from curvlab.progress import progress
 from curvlab.projector import NullSpace
+from curvlab.records import Row, provenance
 from curvlab.spectrum import Block, KroneckerBasis, Spectrum
 from curvlab.sweep import sweep
 
@@ -58,7 +58,6 @@ Section = Literal["exact", "kronecker", "topk", "sweep", "step", "growth"]
 SECTIONS: tuple[Section, ...] = ("exact", "kronecker", "topk", "sweep", "step", "growth")
 LAYERS = ("conv1", "conv2", "fc1", "fc2", "fc3")
 LONG = 8.0  # seconds; what takes longer is not repeated
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -93,8 +92,9 @@ class Sizes:
 
 
 TINY = Sizes(
-    turns=1, train=(500, 1), layer="fc3", images=200, columns=64, peer_images=100, kronecker_images=100, topk_layer="fc3",
-    gammas=(0.5, 0.9, 0.99), epochs=1, sweep_images=200, shape=(48, 96), tokens=32, growth=(100, 12, 8),
+    turns=1, train=(500, 1), layer="fc3", images=200, columns=64, peer_images=100, kronecker_images=100,
+    topk_layer="fc3", gammas=(0.5, 0.9, 0.99), epochs=1, sweep_images=200, shape=(48, 96), tokens=32,
+    growth=(100, 12, 8),
 )  # fmt: skip
 SMOKE = Sizes(
     turns=2, train=(2000, 2), layer="fc2", images=1000, columns=128, peer_images=100, kronecker_images=1000,
@@ -151,7 +151,6 @@ def race(turns: int, work: dict[str, Callable[[], Any]]) -> dict[str, tuple[floa
             if turn and seconds[name][0] > LONG:
                 continue
             results.pop(name, None)
-            gc.collect()
             start = time.perf_counter()
             results[name] = function()
             seconds[name].append(time.perf_counter() - start)
@@ -198,36 +197,17 @@ def have(package: str) -> bool:
     return found
 
 
-def provenance(config: Config) -> Row:
+def about_this_run(config: Config) -> Row:
     """Where and with what the numbers were measured."""
-    names = ("torch", "numpy", "curvlab", "curvlinops-for-pytorch", "nngeometry")
+    peers = ("curvlinops-for-pytorch", "nngeometry")
     installed = {d.name.lower() for d in importlib.metadata.distributions()}
-    versions = {name: importlib.metadata.version(name) for name in names if name in installed}
-    return {
-        "versions": versions | {"python": platform.python_version()},
-        "commit": _commit(),
-        "machine": _machine(),
-        "threads": torch.get_num_threads(),
-        "dtype": "float32",
-        "preset": config.preset,
-        "seed": config.seed,
-    }
-
-
-def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
-
-
-def _machine() -> str:
+    versions = {name: importlib.metadata.version(name) for name in peers if name in installed}
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    fields = {line.split(":")[0].strip(): line.split(":")[1].strip() for line in lines if ":" in line}
-    model = fields.get("model name") or platform.processor() or platform.machine()
-    if "model" in fields:
-        model += f" (family {fields.get('cpu family')}, model {fields['model']})"
-    return model
+    fields = dict(line.replace("\t", "").split(": ", 1) for line in lines if ": " in line)
+    names = ("model name", "cpu family", "model")
+    cpu = ", ".join(f"{name} {fields[name]}" for name in names if name in fields) or platform.processor()
+    return provenance() | versions | {"cpu": cpu, "dtype": "float32", "preset": config.preset, "seed": config.seed}
 
 
 def prepare(config: Config) -> Setup:
@@ -274,7 +254,9 @@ def exact(setup: Setup) -> Iterator[Row]:
                 peer = partial(curvlinops_columns, model, sizes.layer, name, inputs, y, columns)
                 seconds, part = race(1, {"peer": peer})["peer"]
                 note = f"{how}; {len(columns)} of {p:,} columns, time × {factor:.1f}"
-                yield comparison(work, ours_s, "curvlinops", factor * seconds, difference(C[:, columns], part), 20, note)
+                yield comparison(
+                    work, ours_s, "curvlinops", factor * seconds, difference(C[:, columns], part), 20, note
+                )
         m = sizes.peer_images
         factor = n / m
         few = ours(m)
@@ -315,9 +297,7 @@ def curvlinops_columns(
     operator = {"GGN": curvlinops.GGNLinearOperator, "Hessian": curvlinops.HessianLinearOperator}[name]
     weight = model.get_parameter(f"{layer}.weight")
     batches = list(zip(inputs.split(batch), y.split(batch), strict=True))
-    C = operator(
-        model, nn.CrossEntropyLoss(), [weight], batches, check_deterministic=False, num_data=len(y)
-    )
+    C = operator(model, nn.CrossEntropyLoss(), [weight], batches, check_deterministic=False, num_data=len(y))
     parts = []
     for some in columns.split(64):
         unit = torch.zeros(weight.numel(), len(some))
@@ -403,9 +383,14 @@ def kronecker(setup: Setup) -> Iterator[Row]:
             note = notes[peer]
             if (peer, name) == ("nngeometry", "K-FAC"):
                 note += "; its A is √9 · positions times ours and its S the inverse of that, A ⊗ S is the same"
-            diff = max(difference(a, b) for a, b in zip(by_layer(setup.model, mine), by_layer(setup.model, theirs), strict=True))
+            diff = max(
+                difference(a, b)
+                for a, b in zip(by_layer(setup.model, mine), by_layer(setup.model, theirs), strict=True)
+            )
             goal = {"curvlinops": 2.0, "nngeometry": 1.0}[peer]
-            yield comparison(f"{name} of all LeNet-5 layers, exact labels, {n:,} images", ours_s, peer, seconds, diff, goal, note)
+            yield comparison(
+                f"{name} of all LeNet-5 layers, exact labels, {n:,} images", ours_s, peer, seconds, diff, goal, note
+            )
 
 
 def best_batch(fit: Callable[[Tensor, Tensor, int], Any], x: Tensor, y: Tensor) -> int:
@@ -422,7 +407,7 @@ def product(model: nn.Module, spectrum: Spectrum, v: Tensor) -> Tensor:
     layers = find_layers(model, LAYERS, bias=True)
     for layer in layers:
         delta[layer.name] = layer.matrix([parts[name] for name in layer.parameter_names])
-    out = {}
+    out: dict[str, Tensor] = {}
     for layer, block in zip(layers, spectrum.blocks, strict=True):
         Z = block.basis.rotate({layer.name: delta[layer.name].double()}) * block.values
         Cv = block.basis.rotate_back(Z)[layer.name].float()
@@ -543,14 +528,17 @@ def all_gammas(setup: Setup) -> Iterator[Row]:
     timed = race(sizes.turns, {"together": together, "apart": apart, "plain": plain})
     ours_s, W = timed["together"]
     work = f"{len(constraints)} γ of {layer}, K-FAC, {sizes.epochs} epochs of {len(z):,} letters"
-    for peer, key in (("our sweep, one γ after another", "apart"), ("a plain torch loop with our hook, one after another", "plain")):
+    for peer, key in (
+        ("our sweep, one γ after another", "apart"),
+        ("a plain torch loop with our hook, one after another", "plain"),
+    ):
         seconds, theirs = timed[key]
         yield comparison(work, ours_s, peer, seconds, difference(W, theirs), 4, "drift rule off; same minibatches")
 
 
 def train_plainly(
-    head: nn.Module, layer: str, z: Tensor, y: Tensor, constraint: NullSpace, make: Callable[..., torch.optim.Optimizer],
-    *, epochs: int, batch_size: int, seed: int,
+    head: nn.Module, layer: str, z: Tensor, y: Tensor, constraint: NullSpace,
+    make: Callable[..., torch.optim.Optimizer], *, epochs: int, batch_size: int, seed: int,
 ) -> Tensor:  # fmt: skip
     """The usual loop: a model, an optimiser with the projection attached, minibatches."""
     model = copy.deepcopy(head).requires_grad_(False)
@@ -637,7 +625,17 @@ def step(setup: Setup) -> Iterator[Row]:
                     note = f"staircase {rows} × {columns}; {'lowest layer' if cached else 'gradient at the inputs too'}"
                     diff = difference(ways[name].displacement(), reference)
                     here.append(
-                        comparison(f"{work}: {name}", seconds, "four full products", full_s, diff, None, note, peaks[name], peaks["full"])
+                        comparison(
+                            f"{work}: {name}",
+                            seconds,
+                            "four full products",
+                            full_s,
+                            diff,
+                            None,
+                            note,
+                            peaks[name],
+                            peaks["full"],
+                        )
                     )
                 yield from here
                 worst["cached" if cached else "better"].append(max(here, key=lambda row: row["ratio"]))
@@ -647,7 +645,13 @@ def step(setup: Setup) -> Iterator[Row]:
     ):
         row = min(worst[key], key=lambda row: row["ratio"])
         diff = max(row["max_rel_diff"] for row in worst[key])
-        yield row | {"work": label, "goal": goal, "met": row["ratio"] >= goal, "max_rel_diff": diff, "note": f"in: {row['work']}"}
+        yield row | {
+            "work": label,
+            "goal": goal,
+            "met": row["ratio"] >= goal,
+            "max_rel_diff": diff,
+            "note": f"in: {row['work']}",
+        }
 
 
 def spectra(setup: Setup) -> dict[str, tuple[Tensor, Tensor]]:
@@ -660,13 +664,14 @@ def spectra(setup: Setup) -> dict[str, tuple[Tensor, Tensor]]:
     data = [(setup.x[: setup.sizes.images], setup.y[: setup.sizes.images])]
     factors = KFAC.fit(setup.model, CrossEntropy(), data, ["fc1"], labels="exact").factors["fc1"]
     found["LeNet's fc1, stretched"] = tuple(
-        stretched(torch.linalg.eigvalsh(factor.double()).flip(0), d) for factor, d in ((factors.S, d_out), (factors.A, d_in))
+        stretched(torch.linalg.eigvalsh(factor.double()).flip(0), d)
+        for factor, d in ((factors.S, d_out), (factors.A, d_in))
     )
     return found  # type: ignore[return-value]
 
 
 def stretched(values: Tensor, d: int) -> Tensor:
-    """A spectrum of another length, by linear interpolation of log λ over the relative index (floor 1e-12 of the top)."""
+    """A spectrum of another length: log λ (at least 1e-12 of the top) interpolated over the relative index."""
     logs = values.clamp_min(1e-12 * float(values[0])).log()
     return F.interpolate(logs[None, None], size=d, mode="linear", align_corners=True)[0, 0].exp()
 
@@ -683,11 +688,12 @@ def full_products(bench: Bench, null: NullSpace, lowest: bool) -> Stepper:
     optimizer = torch.optim.SGD([weight], lr=bench.lr)
 
     def take() -> None:
-        _restart(weight, bench.W, optimizer)
+        _restart(weight, bench.W)
         _forward_backward(model, bench, lowest)
         assert weight.grad is not None
         weight.grad = u_out @ ((u_out.mT @ weight.grad @ u_in) * keep) @ u_in.mT
         optimizer.step()
+        optimizer.zero_grad()
 
     return Stepper(take, lambda: weight.detach() - bench.W, _bytes(u_out, u_in, keep))
 
@@ -702,9 +708,10 @@ def staircase_step(bench: Bench, null: NullSpace) -> Stepper:
     (block,) = descent.constraint.blocks  # type: ignore[attr-defined]
 
     def take() -> None:
-        _restart(weight, bench.W, optimizer)
+        _restart(weight, bench.W)
         _forward_backward(model, bench, lowest=False)
         optimizer.step()
+        optimizer.zero_grad()
 
     return Stepper(take, lambda: weight.detach() - bench.W, _bytes(*block.basis.tensors().values(), block.removed))
 
@@ -719,19 +726,19 @@ def eigenbasis_step(bench: Bench, null: NullSpace, cached: bool) -> Stepper:
     rotated = eigen.rotate_input("layer", bench.x) if cached else None
 
     def take() -> None:
-        _restart(Z, torch.zeros(()), optimizer)
+        _restart(Z, torch.zeros(()))
         if rotated is not None:
             eigen.use_rotated("layer", rotated)
         _forward_backward(model, bench, lowest=cached)
         optimizer.step()
+        optimizer.zero_grad()
 
-    (block,) = eigen.constraint.blocks
+    (block,) = null.blocks
     held = _bytes(Z, block.removed, *block.basis.tensors().values(), *([] if rotated is None else [rotated]))
     return Stepper(take, lambda: eigen.displacement()["layer"], held)
 
 
-def _restart(parameter: Tensor, value: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    optimizer.zero_grad()
+def _restart(parameter: Tensor, value: Tensor) -> None:
     with torch.no_grad():
         parameter.copy_(value)
 
@@ -760,11 +767,11 @@ def growth(setup: Setup) -> pd.DataFrame:
         torch.manual_seed(setup.seed)
         model = MLP([d, d, d, 10]).eval()
         data = [(torch.randn(n, d, generator=generator), torch.randint(10, (n,), generator=generator))]
-        rows_of = partial(GaussNewton.fit, model, CrossEntropy(), data, ["fc2"])
+        ggn = partial(GaussNewton.fit, model, CrossEntropy(), data, ["fc2"])
         works: dict[str, Callable[[], Any]] = {
             "K-FAC": partial(KFAC.fit, model, CrossEntropy(), data, ["fc2"], labels="exact"),
-            "GGN rows and top k": lambda rows_of=rows_of, k=k: rows_of().spectrum(k=k),
-            "dense GGN": lambda rows_of=rows_of: rows_of().dense(),
+            "GGN rows and top k": partial(leading, ggn, k),
+            "dense GGN": partial(dense, ggn),
         }
         timed = race(setup.sizes.turns, works)
         for name, work in works.items():
@@ -774,6 +781,14 @@ def growth(setup: Setup) -> pd.DataFrame:
             rows.append(entry | {"seconds": timed[name][0], "peak_bytes": peak_bytes(work)})
     table = pd.DataFrame(rows)
     return table.sort_values(["work", "n", "d", "k"], ignore_index=True)
+
+
+def leading(fit: Callable[[], GaussNewton], k: int) -> Spectrum:
+    return fit().spectrum(k=k)
+
+
+def dense(fit: Callable[[], GaussNewton]) -> Tensor:
+    return fit().dense()
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------
@@ -790,10 +805,24 @@ def show(rows: Sequence[Row]) -> pd.DataFrame:
     for name in ("ours_s", "peer_s", "ratio", "goal", "max_rel_diff"):
         table[name] = [("" if value is None or math.isnan(value) else f"{value:.3g}") for value in table[name]]
     table["met"] = ["" if value is None else ("yes" if value else "no") for value in table["met"]]
-    if any(row["ours_bytes"] for row in rows):
+    if all(row["ours_bytes"] for row in rows):
         for name in ("ours_bytes", "peer_bytes"):
             table.insert(len(table.columns) - 1, name, [human(row[name]) if row[name] else "" for row in rows])
     return table
+
+
+def show_steps(rows: Sequence[Row]) -> pd.DataFrame:
+    """The constrained steps, one line a spectrum and γ: seconds, ratio to the full products, peak memory."""
+    table = pd.DataFrame([row for row in rows if ": " in row["work"]])
+    table[["step", "way"]] = table["work"].str.rsplit(": ", n=1, expand=True)
+    table["cell"] = [
+        f"{s:.3g} s, {ratio:.2f} ×, {human(b)}"
+        for s, ratio, b in zip(table["ours_s"], table["ratio"], table["ours_bytes"], strict=True)
+    ]
+    wide = table.pivot_table(index="step", columns="way", values="cell", aggfunc="first", sort=False)
+    full = table.groupby("step", sort=False)[["peer_s", "peer_bytes"]].first()
+    wide.insert(0, "full products", [f"{s:.3g} s, {human(b)}" for s, b in full.itertuples(index=False)])
+    return wide.reset_index()
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -807,11 +836,12 @@ def main(config: Config) -> None:
     torch.set_num_threads(config.threads)
     config.out.mkdir(parents=True, exist_ok=True)
     setup = prepare(config)
-    about = provenance(config)
+    about = about_this_run(config)
     rows: list[Row] = []
-    text = [f"{about['machine']}, {about['threads']} threads, {about['dtype']}, commit {about['commit']}, {about['versions']}"]
+    text = [", ".join(f"{key} {value}" for key, value in about.items())]
     with pd.option_context("display.width", 200, "display.max_colwidth", 100):
         for section in progress([s for s in SECTIONS if s in config.sections], "benchmark"):
+            gc.collect()
             print(f"\n{section}: {(RUNNERS.get(section) or growth).__doc__}", flush=True)
             if section == "growth":
                 table = growth(setup)
@@ -824,6 +854,11 @@ def main(config: Config) -> None:
                 rows += [row | about for row in found]
                 (config.out / "benchmark.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
                 table = show(found)
+                if section == "step":
+                    steps = show_steps(found)
+                    print(steps.to_string(index=False), flush=True)
+                    text += [f"\n## {section}: every spectrum and γ\n", markdown(steps)]
+                    table = show([row for row in found if row["goal"]])
             print(table.to_string(index=False), flush=True)
             text += [f"\n## {section}\n", markdown(table)]
             (config.out / "benchmark.md").write_text("\n".join(text) + "\n")

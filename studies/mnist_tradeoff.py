@@ -72,7 +72,9 @@ EPSILONS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 PAPER = one_minus_powers(0.1, 7, 20)
 PRESETS = {
     "tiny": Preset((0.6, 0.9, 0.99), (0.6, 0.9), (1e-3, 1e-1), (0,), 1, 1500, 300, 1000, 1, 2e-2),
-    "smoke": Preset((0.5, 0.8, 0.9, 0.97, 0.99), (0.5, 0.8, 0.9, 0.95), EPSILONS[1::2], (0, 1), 2, 12000, 1500, 6000, 4, 2e-2),
+    "smoke": Preset(
+        (0.5, 0.8, 0.9, 0.97, 0.99), (0.5, 0.8, 0.9, 0.95), EPSILONS[1::2], (0, 1), 2, 12000, 1500, 6000, 4, 2e-2
+    ),
     "default": Preset(one_minus_powers(0.1, 3.4, 12), DENSE, EPSILONS, (0, 1, 2), 5, 60000, 9000, 60000, 15, 1e-2),
     "paper": Preset(PAPER, PAPER, EPSILONS, (0,), 5, 60000, 9000, 60000, 100, 1e-3, "float64"),
 }  # fmt: skip
@@ -274,7 +276,7 @@ def fit(config: Config, method: str, task: Task, head: nn.Module, seed: int) -> 
     return (KFAC if method == "kfac" else EKFAC).fit(head, LOSS, data, config.layer, **labels)
 
 
-def constrain(curvature: Any, constraint: str, values: tuple[float, ...]) -> list[Constraint]:
+def constrain(curvature: Any, constraint: str, values: tuple[float, ...]) -> list[Any]:
     """One constraint a value of γ or ε, all on one spectrum."""
     if isinstance(curvature, (GaussNewton, Hessian)):
         # only as far down as needed; the ellipsoid bounds what lies below by the last eigenvalue found
@@ -296,7 +298,9 @@ def run_unit(config: Config, preset: Preset, unit: Unit) -> list[Row]:
     head = task.head
     (layer,) = find_layers(head, config.layer)
     W0 = layer.matrix().clone()
-    curvature, constraints, values = None, [None], (math.nan,)
+    curvature: Any = None
+    constraints: list[Constraint | None] = [None]
+    values: tuple[float, ...] = (math.nan,)
     if unit.constraint != "none":
         curvature = fit(config, unit.method, task, head, unit.seed)
         values = preset.epsilons
@@ -479,8 +483,8 @@ def main(config: Config) -> None:
         rows += hessian_rows(rows)
     if "ggn" not in config.methods:
         rows = [row for row in rows if row["method"] != "ggn"]
-    rows.sort(key=lambda r: (METHODS.index(r["method"]), r["constraint"], r["gamma"], r["epsilon"], r["seed"]))
-    table = write_table(rows, config.out / "results.csv")
+    table = pd.DataFrame(rows).sort_values(["method", "constraint", "gamma", "epsilon", "seed"], ignore_index=True)
+    write_table(table, config.out / "results.csv")
     files = draw(table, config.out / "tradeoff.pdf", from_accuracy=float(axis_start(table)))
 
     pretrain_name, finetune_name = TASK_NAMES[pair.name]
@@ -494,7 +498,10 @@ def main(config: Config) -> None:
         print(f"\nReLU: the layer's Hessian equals its GGN (largest relative difference {max(checks, key=float)});")
         print("the Hessian's rows are the GGN's. --activation tanh is the case where they differ.")
     base = table.groupby("seed")["base_accuracy"].first()
-    print(f"\nbefore fine-tuning: {100 * base.mean():.2f} % on {pretrain_name} (seeds: {[f'{100 * b:.2f}' for b in base]})")
+    print(
+        f"\nbefore fine-tuning: {100 * base.mean():.2f} % on {pretrain_name}, by seed "
+        + ", ".join(f"{100 * b:.2f}" for b in base)
+    )
     minutes = (time.perf_counter() - started) / 60
     print(f"{len(table)} runs, {minutes:.1f} min, peak {human(table['peak_bytes'].max())} a process")
     print(f"results: {config.out / 'results.csv'}\nfigure:  {files[1]} and {files[0]}")

@@ -185,9 +185,7 @@ def test_missing_file_is_named(root: Path, caplog: pytest.LogCaptureFixture) -> 
     assert "EMBEDDED" in pair.note
     assert "t10k-labels-idx1-ubyte.gz" in pair.note
     assert pair.provenance()["dataset_note"] == pair.note
-    assert [(r.levelno, r.name, r.getMessage()) for r in caplog.records] == [
-        (logging.WARNING, "curvlab", pair.note)
-    ]
+    assert [(r.levelno, r.name, r.getMessage()) for r in caplog.records] == [(logging.WARNING, "curvlab", pair.note)]
 
 
 @pytest.mark.usefixtures("contents")
@@ -303,9 +301,7 @@ def test_letters_do_not_leak() -> None:
     train, test = embedded_letters()
     assert not _as_set(train.images) & _as_set(test.images)
     assert len(_as_set(train.images)) == len(train.images)
-    glyphs = {
-        f: torch.stack([embedded._glyph(f, x) for x in embedded.LETTERS]) for f in TRAIN_FONTS + TEST_FONTS
-    }
+    glyphs = {f: torch.stack([embedded._glyph(f, x) for x in embedded.LETTERS]) for f in TRAIN_FONTS + TEST_FONTS}
     for name in TEST_FONTS:
         for other in TRAIN_FONTS:
             assert not torch.equal(glyphs[name], glyphs[other])
@@ -330,8 +326,7 @@ def test_subset(pair: ImagePair) -> None:
     assert sorted(taken.y.bincount().tolist()) == [20] * 7 + [21] * 3
     # Labels stay with their images, and no image is taken twice.
     rows = {
-        image.numpy().tobytes(): int(y)
-        for image, y in zip(pair.finetune_train.x, pair.finetune_train.y, strict=True)
+        image.numpy().tobytes(): int(y) for image, y in zip(pair.finetune_train.x, pair.finetune_train.y, strict=True)
     }
     assert [rows[image.numpy().tobytes()] for image in taken.x] == taken.y.tolist()
     assert len(_as_set(taken.x)) == 203

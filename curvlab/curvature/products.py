@@ -29,7 +29,9 @@ CHUNK = 1024  # examples (of those stored) worked on at a time
 class Product(Protocol):
     """A symmetric matrix known by its products."""
 
-    layers: Sequence[LayerShape]
+    @property
+    def layers(self) -> Sequence[LayerShape]:
+        """Whose parameters the matrix is over."""
 
     def matmat(self, vectors: Tensor) -> Tensor:
         """(B, p) → (B, p)."""
@@ -283,10 +285,9 @@ class AutogradProduct:
                     return self.loss.value(*shaped(outputs(p), targets)).sum()
 
                 if self.hessian:
-                    _, result = jvp(grad(total), (parameters,), (tangent,))
-                    return self._vector(result)
-                f, pullback = vjp(outputs, parameters)
-                _, df = jvp(outputs, (parameters,), (tangent,))
+                    return self._vector(jvp(grad(total), (parameters,), (tangent,))[1])
+                f, pullback = vjp(outputs, parameters)[:2]
+                df = jvp(outputs, (parameters,), (tangent,))[1]
                 f3, y3 = shaped(f, targets)
                 (result,) = pullback(self.loss.hessian_product(f3, y3, df.reshape(f3.shape)).reshape(f.shape))
                 return self._vector(result)
