@@ -42,6 +42,7 @@ class Constraint(Protocol):
     def layers(self) -> list[LayerShape]: ...
     def project(self, delta: Matrices) -> Matrices: ...
     def confine(self, delta: Matrices) -> Matrices: ...
+    def admit(self, start: Matrices, before: Matrices, after: Matrices) -> Matrices: ...
 
 
 @dataclass(frozen=True)
@@ -215,10 +216,8 @@ class ConstrainedDescent:
                 parameter.grad = value.to(parameter.dtype).contiguous()
 
     def _project_update(self) -> None:
-        after = self._matrices()
-        origin = self._before if self.constraint.linear else self.start
-        allowed = _computed(self.constraint.confine, {name: W - origin[name] for name, W in after.items()})
-        self._write({name: origin[name] + Q for name, Q in allowed.items()})
+        wide = [_widened(matrices) for matrices in (self.start, self._before, self._matrices())]
+        self._write(self.constraint.admit(*wide))
 
     def _write(self, matrices: Matrices) -> None:
         for layer in self.weights:
@@ -277,8 +276,11 @@ def project_state(optimizer: Optimizer, weights: Sequence[Weights], project: Cal
 def _computed(function: Callable[[Matrices], Matrices], matrices: Matrices) -> Matrices:
     """Low-precision matrices go through `function` in the constraint's (float32 or better) arithmetic."""
     dtypes = {name: Q.dtype for name, Q in matrices.items()}
-    wide = {name: Q.to(torch.promote_types(Q.dtype, torch.float32)) for name, Q in matrices.items()}
-    return {name: Q.to(dtypes[name]) for name, Q in function(wide).items()}
+    return {name: Q.to(dtypes[name]) for name, Q in function(_widened(matrices)).items()}
+
+
+def _widened(matrices: Matrices) -> Matrices:
+    return {name: Q.to(torch.promote_types(Q.dtype, torch.float32)) for name, Q in matrices.items()}
 
 
 def _fitting(constraint: Any, weights: Sequence[Weights]) -> Any:

@@ -111,6 +111,7 @@ class Eigenbasis:
         with torch.no_grad():
             for Z in self.coordinates:
                 Z.zero_()
+        self._folded = self.constraint.coordinates(self.displacement())
 
     def replace(self, constraint: NullSpace | Ellipsoid) -> None:
         """Go on in another eigenbasis. SGD's momentum is rotated into it; other optimisers start afresh."""

@@ -108,6 +108,11 @@ class NullSpace:
         """The nearest displacement that the constraint allows."""
         return self.project(delta)
 
+    def admit(self, start: Matrices, before: Matrices, after: Matrices) -> Matrices:
+        """The weights to which a step from `before` to `after` may go: the step is projected."""
+        allowed = self.project({name: W - before[name] for name, W in after.items()})
+        return {name: before[name] + Q for name, Q in allowed.items()}
+
     @property
     def coordinate_shapes(self) -> list[tuple[int, ...]]:
         """Of the coordinates Z of each block, for descent in the eigenbasis."""
@@ -217,6 +222,11 @@ class Ellipsoid:
                 for name, R in rest.items():
                     out[name] = out[name] + kept[(...,) + (None, None) * (mu.dim() > 0)].to(R) * R
         return {name: Q.to(delta[name].dtype) for name, Q in out.items()}
+
+    def admit(self, start: Matrices, before: Matrices, after: Matrices) -> Matrices:
+        """The weights to which a step from `before` to `after` may go: the displacement from `start` is shrunk."""
+        allowed = self.confine({name: W - start[name] for name, W in after.items()})
+        return {name: start[name] + Q for name, Q in allowed.items()}
 
     def project(self, delta: Matrices) -> Matrices:
         raise ValueError(

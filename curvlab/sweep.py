@@ -104,6 +104,15 @@ class Grouped:
     def confine(self, delta: Matrices) -> Matrices:
         return self._each(lambda constraint, part: constraint.confine(part), delta)
 
+    def admit(self, start: Matrices, before: Matrices, after: Matrices) -> Matrices:
+        (name,) = after
+        out = after[name].clone()
+        for runs, constraint in self.groups:
+            if constraint is not None:
+                parts = ({name: matrices[name][runs]} for matrices in (start, before, after))
+                out[runs] = constraint.admit(*parts)[name]
+        return {name: out}
+
     def displacement(self, Z: Tensor) -> Tensor:
         """Coordinates of all runs (R, d_out, d_in), whatever their basis, as displacements (R, d_out, d_in)."""
         parts = []
@@ -156,12 +165,13 @@ class _StackedEigenbasis:
     def __init__(self, weights: StackedWeights, constraint: Grouped, make: MakeOptimizer) -> None:
         self.weights, self.constraint = weights, constraint
         self.start = weights.matrix().clone()
+        self.base = self.start
         self.Z = nn.Parameter(torch.zeros_like(weights.parameter))
-        self.spent = torch.zeros_like(self.start)  # coordinates of the displacement already in the weights
+        self.spent = torch.zeros_like(self.start)  # coordinates of the displacement already in the base
         self.optimizer = make([self.Z])
 
     def current(self) -> Tensor:
-        return self.weights.matrix() + self.constraint.displacement(self.Z)
+        return self.base + self.constraint.displacement(self.Z)
 
     def confine(self) -> None:
         """After a step: back into the ellipsoids."""
@@ -169,15 +179,17 @@ class _StackedEigenbasis:
             with torch.no_grad():
                 self.Z.copy_(self.constraint.confine_coordinates(self.Z + self.spent) - self.spent)
 
-    def fold(self) -> None:
+    def merge(self) -> None:
+        """Let the stacked weights say where the runs stand."""
         with torch.no_grad():
             self.weights.write(self.current())
-            self.Z.zero_()
 
     def replace(self, constraint: Grouped) -> None:
-        """Go on in other eigenbases (weights folded); SGD's momentum is rotated into them."""
+        """Go on in other eigenbases, from the merged weights; SGD's momentum is rotated into them."""
         old, self.constraint = self.constraint, constraint
-        self.spent = constraint.coordinates(self.weights.matrix() - self.start)
+        self.base = self.weights.matrix().clone()
+        self.Z.detach().zero_()
+        self.spent = constraint.coordinates(self.base - self.start)
         if not isinstance(self.optimizer, torch.optim.SGD):
             self.optimizer.state.clear()
             return
@@ -269,7 +281,7 @@ def sweep(
             if eigen is not None:
                 eigen.confine()
         if eigen is not None:
-            eigen.fold()
+            eigen.merge()
         by_epoch.append(total / len(x))
         alive &= by_epoch[-1].isfinite()
         if refit is None:

@@ -97,9 +97,9 @@ TINY = Sizes(
     growth=(100, 12, 8),
 )  # fmt: skip
 SMOKE = Sizes(
-    turns=2, train=(2000, 2), layer="fc2", images=1000, columns=128, peer_images=100, kronecker_images=1000,
+    turns=2, train=(2000, 2), layer="fc2", images=500, columns=64, peer_images=50, kronecker_images=500,
     topk_layer="fc3", gammas=(0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999), epochs=1, sweep_images=1000,
-    shape=(384, 2240), tokens=128, growth=(1000, 32, 16),
+    shape=(192, 1120), tokens=64, growth=(500, 32, 16),
 )  # fmt: skip
 DEFAULT = Sizes(
     turns=3, train=(6000, 4), layer="fc2", images=9000, columns=512, peer_images=500, kronecker_images=10_000,

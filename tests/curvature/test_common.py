@@ -429,3 +429,28 @@ def test_vectors_in_rows_layout_are_what_displacements_flatten_to() -> None:
     delta = random_displacement(fit.layers)
     v = rows_vector(fit.layers, delta)
     assert float(fit.spectrum().quadratic_form(delta)) == pytest.approx(float(v @ fit.dense("rows") @ v))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "cheaper"),
+    [
+        (GaussNewton, {}, "store=False"),
+        (Hessian, {}, "fewer examples"),
+        (KFAC, {"labels": "exact"}, "fewer layers"),
+        (EKFAC, {"labels": "exact"}, "fewer layers"),
+        (Covariance, {}, "fewer layers"),
+    ],
+)
+def test_what_cannot_fit_is_refused_with_the_cheaper_way(
+    kind: Any, options: dict[str, Any], cheaper: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    c = case("linear")
+    exact = kind.fit(*c.arguments, **options)
+    monkeypatch.setattr("curvlab.memory.available", lambda device="cpu": 50)
+    with pytest.raises(MemoryError, match=cheaper):
+        kind.fit(*c.arguments, **options)
+    if kind in (GaussNewton, Hessian):
+        with pytest.raises(MemoryError, match=r"spectrum\(gamma="):
+            exact.dense()
+        with pytest.raises(MemoryError, match="fewer layers"):
+            exact.spectrum(k=2)

@@ -362,6 +362,17 @@ def test_a_staircase_spectrum_gives_the_null_space_of_the_full_one(d_out: int, g
 
 
 @pytest.mark.usefixtures("small_krylov")
+def test_staircases_grow_until_the_energy_is_reached() -> None:
+    """Well separated eigenvalues: the first 32 are clear of the rest, and hold less than 0.9 of the energy."""
+    layer, A, S = LayerShape("w", 12, 400, False), graded(400, 0.06, 0), graded(12, 6.0, 1)
+    for gamma in (0.5, 0.95):
+        part, full = (Spectrum((kronecker_block(layer, A, S, g, 0),)) for g in (gamma, None))
+        assert not part.blocks[0].basis.complete
+        assert part.null_space(gamma).removed == full.null_space(gamma).removed
+    assert part.null_space(0.95).removed > 40
+
+
+@pytest.mark.usefixtures("small_krylov")
 def test_staircases_with_repeated_and_with_no_eigenvalues() -> None:
     layer = LayerShape("w", 60, 200, False)
     for A, S in (
