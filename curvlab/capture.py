@@ -66,13 +66,17 @@ class Pass:
 
     def inputs(self, layer: MatrixLayer) -> Tensor:
         """a: (N, T, d_in), zero at padding."""
+        return self._without_padding(layer.inputs(self.raw_input(layer)))
+
+    def raw_input(self, layer: MatrixLayer) -> Tensor:
+        """The module's input as it came."""
         x = self.raw_inputs[layer.name]
         if x._version != self.versions[layer.name]:
             raise RuntimeError(
                 f"the input of {layer.name!r} was changed in place later in the forward pass; "
                 "make that operation out of place (such as ReLU(inplace=False))"
             )
-        return self._without_padding(layer.inputs(x))
+        return x
 
     def scale(self, layer: MatrixLayer, a: Tensor) -> Scale:
         """Terms and positions of this pass; `a` is `inputs(layer)`."""

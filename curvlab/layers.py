@@ -128,6 +128,16 @@ class Conv2dLayer(MatrixLayer):
     def outputs(self, s: Tensor) -> Tensor:
         return s.flatten(2).mT
 
+    def places(self, x: Tensor) -> Tensor:
+        """Which entry of `pixels(x)` each entry of a (d_in, T) is."""
+        numbers = torch.arange(1.0, x[0].numel() + 1, dtype=torch.float64, device=x.device).view(1, *x.shape[1:])
+        index = self._positions(numbers)[0].mT.long()  # padding is 0
+        return F.pad(index, (0, 0, 0, 1), value=x[0].numel() + 1) if self.bias else index
+
+    def pixels(self, x: Tensor) -> Tensor:
+        """A zero (padding), the input's pixels, and a one (bias): (N, C·H·W + 2)."""
+        return F.pad(F.pad(x.flatten(1), (1, 0)), (0, 1), value=1.0)
+
     def _weight_matrix(self, weight: Tensor) -> Tensor:
         return weight.flatten(-3)
 

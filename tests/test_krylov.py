@@ -178,3 +178,11 @@ def test_absolute_traces_lie_within_their_error(name: str) -> None:
 def test_absolute_traces_of_nothing() -> None:
     assert absolute_trace(lambda rows: 0 * rows, 10, dtype=torch.float64, device="cpu") == (0.0, 0.0)
     assert absolute_trace(lambda rows: rows, 10, dtype=torch.float64, device="cpu", deflate=torch.eye(10)) == (0.0, 0.0)
+
+
+def test_more_copies_than_a_block_are_found_without_exhausting_the_space() -> None:
+    values = torch.cat([torch.full((20,), 3.0), torch.exp(-0.2 * torch.arange(380.0))])
+    lanczos, pairs = solve(matrix(values), 21)
+    assert lanczos.size < 300
+    assert int((pairs.values > 2.9).sum()) == 20
+    assert_close(pairs.values, by_magnitude(values)[: len(pairs.values)], 1e-9)

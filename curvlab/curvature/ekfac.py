@@ -1,7 +1,8 @@
 """EK-FAC: K-FAC's eigenbasis with the best eigenvalues in it, E[(U_outᵀ q U_in)²] of per-example gradients q."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from curvlab.curvature.kfac import KFAC, Sharing
 from curvlab.layers import find_layers
 from curvlab.losses import Labels, as_loss
 from curvlab.spectrum import Block, KroneckerBasis, Spectrum
+
+COLUMNS = 16  # backward passes whose gradients go into one product
 
 
 @dataclass(frozen=True)
@@ -75,10 +78,11 @@ class EKFAC:
             micro_batch=micro_batch,
         ):
             terms += pass_.terms
-            rotated = {layer.name: _rotate(pass_.inputs(layer), bases[layer.name][1]) for layer in chosen}
-            for gradients in pass_.gradients(columns(pass_, loss, labels, draws, seed)):
-                for name, g in gradients.items():
-                    add_squares(sums[name], _rotate(g, bases[name][0]), rotated[name])
+            inputs = {layer.name: pass_.inputs(layer).to(bases[layer.name][1]) for layer in chosen}
+            for several in _batched(pass_.gradients(columns(pass_, loss, labels, draws, seed)), COLUMNS):
+                for layer in chosen:
+                    g = torch.stack([gradients[layer.name].mT for gradients in several], dim=1)  # (N, K, d_out, T)
+                    add_squares(sums[layer.name], g.to(inputs[layer.name]), inputs[layer.name], *bases[layer.name])
         corrected = []
         for name, block in blocks.items():
             values = (sums[name].double() / terms).clamp_min(0)
@@ -94,13 +98,22 @@ class EKFAC:
         self.eigen.save(path)
 
 
-def _rotate(x: Tensor, basis: Tensor) -> Tensor:
-    return x.to(basis) @ basis
+def add_squares(total: Tensor, g: Tensor, a: Tensor, u_out: Tensor, u_in: Tensor) -> None:
+    """total += Σ_nk (U_outᵀ Σ_t g_nkt a_ntᵀ U_in)²: g (N, K, d_out, T), a (N, T, d_in).
+
+    Rotates a (and the sum over t by U_out), or the sum over t by both, whichever is cheaper.
+    """
+    N, K, d_out, T = g.shape
+    d_in = a.shape[2]
+    if T == 1:
+        total.addmm_((g[..., 0] @ u_out).square_().sum(1).mT, (a[:, 0] @ u_in).square_())
+        return
+    first = T * d_in**2 < K * d_out * d_in**2
+    q = g.flatten(1, 2) @ (a @ u_in if first else a)  # (N, K·d_out, d_in), the K columns in one product
+    q = q.flatten(0, 1) if first else q.flatten(0, 1) @ u_in
+    total += (u_out.mT @ q.view(N * K, d_out, d_in)).square_().sum(0)
 
 
-def add_squares(total: Tensor, g: Tensor, a: Tensor) -> None:
-    """total += Σ_n (Σ_t g_t a_tᵀ)²: g (N, T, d_out), a (N, T, d_in), in the eigenbasis."""
-    if a.shape[1] == 1:
-        total.addmm_(g[:, 0].square().mT, a[:, 0].square())
-    else:
-        total += (g.mT @ a).square_().sum(0)
+def _batched(gradients: Iterator[dict[str, Tensor]], n: int) -> Iterator[list[dict[str, Tensor]]]:
+    while chunk := list(islice(gradients, n)):
+        yield chunk

@@ -73,7 +73,7 @@ class ExactCurvature:
         Raises:
             MemoryError: it would not fit; the message names the matrix-free way.
         """
-        C = self.product.dense() / self.terms
+        C = self.product.dense().div_(self.terms)
         order = permutation(self.layers, layout, C.device)
         return C if order is None else C[order][:, order]
 
@@ -164,4 +164,5 @@ def permutation(layers: list[MatrixLayer], layout: Layout, device: torch.device)
         W = torch.arange(start, start + layer.size, device=device).view(layer.d_out, layer.d_in)
         parts += [W.mT.flatten()] if layout == "vec" else [t.flatten() for t in layer.tensors(W)]
         start += layer.size
-    return torch.cat(parts)
+    order = torch.cat(parts)
+    return None if bool((order == torch.arange(start, device=device)).all()) else order

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from curvlab.capture import Data, columns, passes
 from curvlab.krylov import BlockLanczos
-from curvlab.layers import LayerShape, find_layers
+from curvlab.layers import Conv2dLayer, LayerShape, find_layers
 from curvlab.losses import Labels, Scale, as_loss
 from curvlab.memory import announce, bytes_of
 from curvlab.spectrum import Block, KroneckerBasis, Spectrum, eigh
@@ -99,6 +99,7 @@ class KFAC:
             zeros = torch.zeros(1, dtype=dtype, device=like.device)
             a_sum, s_sum = (zeros.new_zeros(d, d) for d in (layer.d_in, layer.d_out))
             sums[layer.name] = Factors(layer.shape, a_sum, s_sum, Scale())
+        pixels: dict[tuple[str, torch.Size], PixelGram] = {}
         for pass_ in passes(
             model,
             loss,
@@ -109,7 +110,19 @@ class KFAC:
             micro_batch=micro_batch,
         ):
             for layer in chosen:
-                a, old = pass_.inputs(layer), sums[layer.name]
+                old = sums[layer.name]
+                if isinstance(layer, Conv2dLayer) and sharing == "expand" and pass_.mask is None:
+                    x = pass_.raw_input(layer)
+                    key = (layer.name, x.shape[1:])
+                    if key not in pixels and PixelGram.pays(layer, x):
+                        pixels[key] = PixelGram(layer, x, old.a_sum)
+                    if key in pixels:
+                        gram = pixels[key]
+                        gram.add(x)
+                        counted = Scale(pass_.terms, len(x) * gram.positions)
+                        sums[layer.name] = replace(old, scale=old.scale + counted)
+                        continue
+                a = pass_.inputs(layer)
                 counted = pass_.scale(layer, a)
                 if sharing == "reduce":
                     counted = Scale(counted.terms, pass_.used(a))
@@ -119,6 +132,8 @@ class KFAC:
             for gradients in pass_.gradients(columns(pass_, loss, labels, draws, seed)):
                 for name, g in gradients.items():
                     add_gram(sums[name].s_sum, g.sum(1, keepdim=True) if sharing == "reduce" else g)
+        for (name, _), gram in pixels.items():
+            gram.fold(sums[name].a_sum)
         return cls(sums, labels, sharing)
 
     @staticmethod
@@ -185,11 +200,43 @@ class KFAC:
         return cls(factors, meta["labels"], meta["sharing"])  # type: ignore[arg-type]
 
 
+class PixelGram:
+    """Σ a aᵀ of a convolution from one product over its input's pixels, folded into patches at the end.
+
+    Overlapping patches share pixels: (C·H·W)² multiply–adds an example instead of T · d_in², in one large product.
+    """
+
+    def __init__(self, layer: Conv2dLayer, x: Tensor, like: Tensor) -> None:
+        self.layer = layer
+        self.places = layer.places(x[:1])
+        pixels = layer.pixels(x[:1]).shape[1]
+        self.gram = like.new_zeros(pixels, pixels)
+
+    @staticmethod
+    def pays(layer: Conv2dLayer, x: Tensor) -> bool:
+        """Whether it is the cheaper way (small products an example run at half the speed of a large one)."""
+        return x[0].numel() ** 2 < 2 * layer.places(x[:1]).shape[1] * layer.d_in**2
+
+    @property
+    def positions(self) -> int:
+        return self.places.shape[1]
+
+    def add(self, x: Tensor) -> None:
+        """Another batch (N, C, H, W), of the same size of images."""
+        pixels = self.layer.pixels(x).to(self.gram.dtype)
+        self.gram.addmm_(pixels.mT, pixels)
+
+    def fold(self, total: Tensor) -> None:
+        """total += Σ_t of the entries that position t touches."""
+        for index in self.places.mT:
+            total.add_(self.gram[index[:, None], index])
+
+
 def add_gram(total: Tensor, x: Tensor) -> None:
     """total += Σ x xᵀ over the examples and positions of x (N, T, d)."""
     x = x.to(total.dtype)
     if x.shape[1] > x.shape[2]:  # many positions: small products an example
-        total += (x.mT @ x).sum(0)
+        total.addbmm_(x.mT, x)
     else:
         flat = x.movedim(-1, 0).flatten(1)
         total.addmm_(flat, flat.mT)

@@ -24,6 +24,7 @@ from curvlab.memory import announce, bytes_of
 from curvlab.progress import progress
 
 CHUNK = 1024  # examples (of those stored) worked on at a time
+PACK = 512  # fewer, where each is unfolded into its d (d + 1) / 2 pairs: they should stay in the cache
 
 
 class Product(Protocol):
@@ -118,41 +119,51 @@ def _stack(parts: list[Tensor]) -> Tensor:
     return torch.cat([F.pad(part, (0, 0, 0, K - part.shape[1])) for part in parts])
 
 
-def _slices(n: int) -> list[slice]:
-    return [slice(start, min(start + CHUNK, n)) for start in range(0, n, CHUNK)]
+def _slices(n: int, size: int = CHUNK) -> list[slice]:
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 
 def pack_symmetric(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """x_i x_j for i ≤ j: (n, d) → (n, d (d + 1) / 2)."""
-    return x[:, rows] * x[:, columns]
+    return x.index_select(1, rows).mul_(x.index_select(1, columns))
 
 
-def unpacked_index(d: int, device: torch.device) -> Tensor:
-    """For each (i, j), row-major, the place of the pair (min, max) in the packed upper triangle."""
-    index = torch.empty(d, d, dtype=torch.int64, device=device)
-    i, j = torch.triu_indices(d, d, device=device)
-    packed = torch.arange(len(i), device=device)
-    index[i, j] = packed
-    index[j, i] = packed
-    return index.flatten()
+def unpacked_index(live: Tensor) -> Tensor:
+    """For each (i, j), row-major, the place of the pair (min, max) in the packed upper triangle of the live indices.
+
+    Pairs with an index that is not live (d,) get the place after the last.
+    """
+    (where,) = live.nonzero(as_tuple=True)
+    i, j = torch.triu_indices(len(where), len(where), device=live.device)
+    index = torch.full((len(live), len(live)), len(i), device=live.device)
+    packed = torch.arange(len(i), device=live.device)
+    index[where[i], where[j]] = packed
+    index[where[j], where[i]] = packed
+    return index
 
 
-def kronecker_sum(a: Tensor, packed_s: Callable[[slice], Tensor], d_out: int) -> Tensor:
+def kronecker_sum(a: Tensor, packed_s: Callable[[slice], Tensor], live_out: Tensor) -> Tensor:
     """Σ_n S_n ⊗ a_n a_nᵀ, (d_out·d_in)² row-major, as one matrix product of the symmetric halves.
 
     Args:
-        a: (N, d_in).
-        packed_s: upper triangles of S_n, (n, d_out (d_out + 1) / 2), for a slice of the examples.
+        a: (N, d_in); inputs that are zero on all examples (dead units) are left out of the product.
+        packed_s: upper triangles of S_n over the live outputs, (n, d (d + 1) / 2), for a slice of the examples.
+        live_out: (d_out,) which outputs have curvature on any example.
     """
-    d_in = a.shape[1]
-    i, j = torch.triu_indices(d_in, d_in, device=a.device)
-    halves = a.new_zeros(d_out * (d_out + 1) // 2, len(i))
-    for part in progress(_slices(len(a)), "assembling"):
-        halves.addmm_(packed_s(part).mT, pack_symmetric(a[part], i, j))
+    live_in = (a != 0).any(0)
+    live = a if bool(live_in.all()) else a[:, live_in]
+    d_out, d_in = len(live_out), len(live_in)
+    i, j = torch.triu_indices(live.shape[1], live.shape[1], device=a.device)
+    pairs = int(live_out.sum())
+    pairs = pairs * (pairs + 1) // 2
+    halves = a.new_zeros(pairs + 1, len(i) + 1)  # the last row and column stay zero, for what is not live
+    inner = halves[:-1, :-1]
+    for part in progress(_slices(len(a), PACK), "assembling"):
+        inner.addmm_(packed_s(part).mT, pack_symmetric(live[part], i, j))
+    wide = halves.index_select(1, unpacked_index(live_in).flatten()).unflatten(1, (d_in, d_in))
     full = a.new_empty(d_out, d_in, d_out, d_in)
-    pairs_out, pairs_in = unpacked_index(d_out, a.device).view(d_out, d_out), unpacked_index(d_in, a.device)
-    for row in range(d_out):
-        full[row] = halves[pairs_out[row]][:, pairs_in].unflatten(1, (d_in, d_in)).transpose(0, 1)
+    for row, places in enumerate(unpacked_index(live_out)):
+        full[row] = wide.index_select(0, places).transpose(0, 1)
     return full.flatten(0, 1).flatten(1)
 
 
@@ -199,13 +210,15 @@ class RowGram:
 
     def _block(self, first: Rows, second: Rows) -> Tensor:
         if first is second and isinstance(first, OuterRows):
-            i, j = torch.triu_indices(first.layer.d_out, first.layer.d_out, device=first.g.device)
-            g = first.g
+            live = (first.g != 0).any(0).any(0)
+            g = first.g[..., live]
+            i, j = torch.triu_indices(g.shape[2], g.shape[2], device=g.device)
+            upper = i * g.shape[2] + j
 
             def packed(part: slice) -> Tensor:
-                return (g[part].mT @ g[part])[:, i, j]
+                return (g[part].mT @ g[part]).flatten(1).index_select(1, upper)
 
-            return kronecker_sum(first.a, packed, first.layer.d_out)
+            return kronecker_sum(first.a, packed, live)
         C = self._like.new_zeros(first.layer.size, second.layer.size)
         if isinstance(first, OuterRows) and isinstance(second, OuterRows):
             pairs = C.new_zeros(first.layer.d_in * second.layer.d_in, first.layer.d_out * second.layer.d_out)
@@ -246,8 +259,11 @@ class KroneckerSum:
 
     def dense(self) -> Tensor:
         announce_dense(self.layer.size, self.a)
-        i, j = torch.triu_indices(self.layer.d_out, self.layer.d_out, device=self.s.device)
-        return kronecker_sum(self.a, lambda part: self.s[part][:, i, j], self.layer.d_out)
+        live = (self.s != 0).any(0).any(0)
+        s = self.s if bool(live.all()) else self.s[:, live][:, :, live]
+        i, j = torch.triu_indices(s.shape[1], s.shape[1], device=s.device)
+        upper = i * s.shape[1] + j
+        return kronecker_sum(self.a, lambda part: s[part].flatten(1).index_select(1, upper), live)
 
 
 @dataclass

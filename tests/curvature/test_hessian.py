@@ -143,6 +143,8 @@ def test_the_k_largest_in_magnitude(larger: Hessian, k: int) -> None:
     n = len(block.values)
     assert k < n < larger.size
     assert_close(block.values, full[:n], 1e-9)
+    total = float(full.abs().sum())
+    assert abs(block.total - total) < 5 * block.total_error < 0.5 * total  # of all eigenvalues, known or not
     expected = eigsh(larger.linear_operator(), k=k, which="LM", tol=1e-12)[0]
     assert_close(block.values[:k].sort().values, torch.from_numpy(expected).sort().values, 1e-9)
 
