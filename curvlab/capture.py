@@ -21,7 +21,7 @@ from curvlab.progress import progress
 Data = Iterable[Any]
 
 MAX_COLUMNS = 2048  # backward passes a batch that `labels="exact"` may ask for
-MICRO_BATCH = 512  # examples of one forward pass; larger batches are split (exactly: statistics are sums)
+MICRO_BATCH = 128  # examples of one forward pass; larger batches are split (exactly: statistics are sums)
 
 
 @dataclass(frozen=True)

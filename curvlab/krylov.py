@@ -74,8 +74,7 @@ class BlockLanczos:
         known = torch.cat([self.basis, self.next])[: self.dim]
         for _ in range(2):
             noise = torch.linalg.qr((noise - (noise @ known.mT) @ known).mT)[0].mT
-        self.next = torch.cat([self.next, noise])
-        self.coupling = torch.nn.functional.pad(self.coupling, (0, 0, 0, self.block))
+        self.next = torch.cat([self.next, noise])  # (orthogonal to what couples: residuals stay as they are)
         self.width += self.block
 
     @property

@@ -280,7 +280,7 @@ def constrain(curvature: Any, constraint: str, values: tuple[float, ...]) -> lis
     """One constraint a value of γ or ε, all on one spectrum."""
     if isinstance(curvature, (GaussNewton, Hessian)):
         # only as far down as needed; the ellipsoid bounds what lies below by the last eigenvalue found
-        most = max(values) if constraint == "null-space" else 0.99
+        most = max(values) if constraint == "null-space" else 0.98
         spectrum = curvature.spectrum(gamma=most if most <= 0.99 else None)
     else:
         spectrum = curvature.spectrum()

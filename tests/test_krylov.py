@@ -175,6 +175,27 @@ def test_absolute_traces_lie_within_their_error(name: str) -> None:
     assert abs(rest - true_rest) < 5 * rest_error + 1e-9 * true
 
 
+def test_the_error_of_absolute_traces_is_a_standard_error() -> None:
+    C = matrix(SPECTRA["indefinite"]())
+    true = float(torch.linalg.eigvalsh(C).abs().sum())
+    scores = []
+    for seed in range(30):
+        total, error = absolute_trace(lambda rows: rows @ C, 200, dtype=torch.float64, device="cpu", seed=seed)
+        scores.append((total - true) / error)
+    assert 0.6 < float(torch.tensor(scores).square().mean().sqrt()) < 1.7
+
+
+def test_deflation_holds_where_eigenvectors_are_known_to_some_digits_only() -> None:
+    values = SPECTRA["far apart"]()
+    C = matrix(values)
+    lead = torch.linalg.eigh(C)[1][:, -1:]
+    lead = torch.nn.functional.normalize(lead + 1e-9 * torch.randn(200, 1, generator=torch.Generator()), dim=0)
+    rest, error = absolute_trace(lambda rows: rows @ C, 200, dtype=torch.float64, device="cpu", deflate=lead, probes=32)
+    true = float(values[1:].sum())
+    assert abs(rest - true) < 5 * error + 1e-3 * true
+    assert error < 0.2 * true
+
+
 def test_absolute_traces_of_nothing() -> None:
     assert absolute_trace(lambda rows: 0 * rows, 10, dtype=torch.float64, device="cpu") == (0.0, 0.0)
     assert absolute_trace(lambda rows: rows, 10, dtype=torch.float64, device="cpu", deflate=torch.eye(10)) == (0.0, 0.0)

@@ -9,7 +9,8 @@ Vectors are rows (B, p): the chosen layers' W in order, each row-major. Sums ove
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -54,6 +55,14 @@ class OuterRows:
 
     def __len__(self) -> int:
         return len(self.a)
+
+    @cached_property
+    def live(self) -> tuple["OuterRows", Tensor, Tensor]:
+        """These rows without units that are dead on all examples, and the indices (d, 1), (1, d') of those that live."""
+        (out,) = (self.g != 0).any(0).any(0).nonzero(as_tuple=True)
+        (into,) = (self.a != 0).any(0).nonzero(as_tuple=True)
+        shape = replace(self.layer, d_out=len(out), d_in=len(into))
+        return OuterRows(shape, self.a[:, into], self.g[..., out]), out[:, None], into[None, :]
 
     def dot(self, V: Tensor, part: slice) -> Tensor:
         """⟨row, V⟩ for V (B, d_out, d_in): (n, B, K)."""
@@ -185,10 +194,19 @@ class RowGram:
     def matmat(self, vectors: Tensor) -> Tensor:
         matrices = unflatten(self.layers, vectors.to(self._like))
         out = {name: torch.zeros_like(V) for name, V in matrices.items()}
+        # dead units take no part in a product
+        used = [rows.live if isinstance(rows, OuterRows) else (rows, None, None) for rows in self.rows]
+        inner = [
+            matrices[rows.layer.name] if i is None else matrices[rows.layer.name][:, i, j].contiguous()
+            for rows, i, j in used
+        ]
+        sums = [torch.zeros_like(V) for V in inner]
         for part in _slices(len(self.rows[0])):
-            weights = sum(rows.dot(matrices[rows.layer.name], part) for rows in self.rows)
-            for rows in self.rows:
-                out[rows.layer.name] += rows.combine(weights, part)  # type: ignore[arg-type]
+            weights = torch.stack([rows.dot(V, part) for (rows, _, _), V in zip(used, inner, strict=True)]).sum(0)
+            for (rows, _, _), total in zip(used, sums, strict=True):
+                total += rows.combine(weights, part)
+        for (rows, i, j), total in zip(used, sums, strict=True):
+            out[rows.layer.name][(slice(None), i, j) if i is not None else slice(None)] = total
         return flatten(self.layers, out)
 
     def trace(self) -> float:
