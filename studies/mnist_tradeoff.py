@@ -189,11 +189,11 @@ def is_linear(config: Config) -> bool:
     return config.activation == "relu"
 
 
-def identity(config: Config, preset: Preset, pair: ImagePair) -> Row:
+def identity(config: Config, preset: Preset, origin: Row) -> Row:
     """Everything that a row depends on; units of another identity are not mixed in."""
     kept = ("layer", "activation", "device", "optimizer", "project", "batch_size", "drift", "labels")
     own = {name: getattr(config, name) for name in kept}
-    return asdict(preset) | own | {"data": pair.provenance()["dataset_checksum"]} | provenance() | {"threads": 1}
+    return asdict(preset) | own | origin
 
 
 def pretrained(config: Config, preset: Preset, pair: ImagePair, seed: int) -> LeNet5:
@@ -289,10 +289,9 @@ def constrain(curvature: Any, constraint: str, values: tuple[float, ...]) -> lis
     return [spectrum.ellipsoid(value) for value in values]
 
 
-def run_unit(config: Config, preset: Preset, unit: Unit) -> list[Row]:
-    """Fit, fine-tune under every γ (or ε) at once, measure."""
+def run_unit(config: Config, preset: Preset, unit: Unit, origin: Row) -> list[Row]:
+    """Fit, fine-tune under every γ (or ε) at once, measure; `origin` are the columns of provenance."""
     torch.set_num_threads(1)  # the same rows whatever the number of processes
-    pair = images(config.dataset, config.data)
     task = prepare(config, preset, unit.seed)
     started = time.perf_counter()
     head = task.head
@@ -362,7 +361,7 @@ def run_unit(config: Config, preset: Preset, unit: Unit) -> list[Row]:
         rows.append(row)
     note = verify_hessian(config, task, unit) if unit == Unit(unit.seed, "ggn", "null-space") else ""
     seconds = (time.perf_counter() - started) / len(rows)
-    shared = pair.provenance() | provenance() | {"hessian_check": note, "seconds": seconds, "peak_bytes": peak()}
+    shared = origin | {"hessian_check": note, "seconds": seconds, "peak_bytes": peak()}
     return [row | shared for row in rows]
 
 
@@ -456,7 +455,8 @@ def main(config: Config) -> None:
         raise SystemExit(str(error)) from error
     if pair.note:
         print(f"\n*** {pair.note} ***\n", flush=True)
-    me = identity(config, preset, pair)
+    origin = pair.provenance() | provenance() | {"threads": 1}
+    me = identity(config, preset, origin)
     todo = units(config, preset)
     folder = config.out / "units" / fingerprint(me)
     jobs = min(config.jobs or os.cpu_count() or 1, len(todo))
@@ -465,7 +465,7 @@ def main(config: Config) -> None:
 
     def finish(unit: Unit) -> list[Row]:
         file = folder / f"{unit.seed}-{unit.method}-{unit.constraint}.json"
-        return cached_rows(file, lambda: run_unit(config, preset, unit))
+        return cached_rows(file, lambda: run_unit(config, preset, unit, origin))
 
     def warm_up(seed: int) -> None:
         torch.set_num_threads(1)

@@ -58,7 +58,7 @@ class OuterRows:
 
     @cached_property
     def live(self) -> tuple["OuterRows", Tensor, Tensor]:
-        """These rows without units that are dead on all examples, and the indices (d, 1), (1, d') of those that live."""
+        """These rows without units that are dead on all examples, and the indices (d, 1), (1, d') of the others."""
         (out,) = (self.g != 0).any(0).any(0).nonzero(as_tuple=True)
         (into,) = (self.a != 0).any(0).nonzero(as_tuple=True)
         shape = replace(self.layer, d_out=len(out), d_in=len(into))
