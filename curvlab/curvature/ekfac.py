@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -90,12 +89,8 @@ class EKFAC:
         return cls(replace(spectrum, blocks=tuple(corrected)), labels)
 
     def spectrum(self) -> Spectrum:
-        """K-FAC's basis with the corrected eigenvalues."""
+        """K-FAC's basis with the corrected eigenvalues (`Spectrum.save` keeps it)."""
         return self.eigen
-
-    def save(self, path: str | Path) -> None:
-        """Write to a safetensors file (`Spectrum.save`; the labels are not kept in it)."""
-        self.eigen.save(path)
 
 
 def add_squares(total: Tensor, g: Tensor, a: Tensor, u_out: Tensor, u_in: Tensor) -> None:

@@ -109,6 +109,10 @@ def test_model_labels_see_the_same_draws_twice_and_converge(name: str) -> None:
     # the second pass with the draws of the first: the sum over coordinates is that of the drawn gradients
     drawn = GaussNewton.fit(*c.arguments, labels="model", draws=3, seed=2)
     assert fits[0].spectrum().blocks[0].total == pytest.approx(drawn.trace(), rel=1e-10)
+    given = EKFAC.fit(
+        *c.arguments, labels="model", draws=3, seed=2, kfac=KFAC.fit(*c.arguments, labels="model", draws=3, seed=2)
+    )
+    assert_close(given.spectrum().blocks[0].values, fits[0].spectrum().blocks[0].values)
     many = EKFAC.fit(*c.arguments, labels="model", draws=1000).spectrum().blocks[0]
     exact = GaussNewton.fit(*c.arguments)
     assert many.total == pytest.approx(exact.trace(), rel=0.05)
