@@ -207,20 +207,30 @@ class Ellipsoid:
     def spent(self, delta: Matrices) -> Tensor:
         """½ δᵀCδ, float64; one number, or one a run."""
         _check_layers(self.layers, delta)
-        return self._spent([self._split(block, delta) for block in self.blocks], torch.zeros(()))
+        total = torch.zeros((), dtype=torch.float64)
+        for block, (Z, outside) in zip(self.blocks, self._parts(delta), strict=True):
+            curvature = block.curvature.double()
+            inside = (Z.double().square() * curvature).sum(tuple(range(-curvature.dim(), 0)))
+            total = total.to(Z.device) + inside + block.floor * outside
+        return total / 2
 
     def confine(self, delta: Matrices) -> Matrices:
         """The nearest displacement (Euclidean) inside: Z ← Z / (1 + μλ), μ ≥ 0 from a one-dimensional root."""
         _check_layers(self.layers, delta)
-        parts = [self._split(block, delta) for block in self.blocks]
+        parts = self._parts(delta)
         mu = self._multiplier(parts)
         out: Matrices = {}
-        for block, (Z, rest, _) in zip(self.blocks, parts, strict=True):
-            out |= block.basis.rotate_back(Z / (1 + _expand(mu, block.curvature) * block.curvature))
-            if rest is not None:
-                kept = 1 / (1 + mu * block.floor)
-                for name, R in rest.items():
-                    out[name] = out[name] + kept[(...,) + (None, None) * (mu.dim() > 0)].to(R) * R
+        for block, (Z, _) in zip(self.blocks, parts, strict=True):
+            shrink = 1 / (1 + _expand(mu, block.curvature) * block.curvature)
+            if block.basis.complete:
+                out |= block.basis.rotate_back(Z * shrink)
+                continue
+            # what lies outside the basis shrinks by one number c: c δ + U ((shrink − c) ⊙ Z)
+            c = 1 / (1 + mu * block.floor)
+            inner = block.basis.rotate_back(Z * (shrink - _expand(c, block.curvature)))
+            for name, Q in inner.items():
+                whole = delta[name].to(Q)
+                out[name] = _expand(c, whole[(0,) * (whole.dim() - 2)]) * whole + Q
         return {name: Q.to(delta[name].dtype) for name, Q in out.items()}
 
     def admit(self, start: Matrices, before: Matrices, after: Matrices) -> Matrices:
@@ -251,7 +261,7 @@ class Ellipsoid:
         """The nearest coordinates inside; no rotation where the basis is complete."""
         if not all(block.basis.complete for block in self.blocks):
             return self.coordinates(self.confine(self.displacement(coordinates)))
-        mu = self._multiplier([(Z, None, Z.new_zeros((), dtype=torch.float64)) for Z in coordinates])
+        mu = self._multiplier([(Z, Z.new_zeros((), dtype=torch.float64)) for Z in coordinates])
         return [
             Z / (1 + _expand(mu, block.curvature) * block.curvature)
             for block, Z in zip(self.blocks, coordinates, strict=True)
@@ -294,35 +304,28 @@ class Ellipsoid:
             torch.tensor(epsilon, dtype=torch.float64) if isinstance(epsilon, list) else epsilon,
         )
 
-    def _split(self, block: EllipsoidBlock, delta: Matrices) -> tuple[Tensor, Matrices | None, Tensor]:
-        """Coordinates, what lies outside the basis, and the squared norm of the latter."""
-        here = {layer.name: delta[layer.name].to(block.basis.like) for layer in block.basis.layers}
-        Z = block.basis.rotate(here)
-        if block.basis.complete:
-            return Z, None, torch.zeros((), dtype=torch.float64, device=Z.device)
-        inside = block.basis.rotate_back(Z)
-        rest = {name: Q - inside[name] for name, Q in here.items()}
-        return Z, rest, torch.stack([R.double().square().sum((-2, -1)) for R in rest.values()]).sum(0)
+    def _parts(self, delta: Matrices) -> list[tuple[Tensor, Tensor]]:
+        """Of each block: coordinates, and the squared norm of what lies outside the basis (float64)."""
+        parts = []
+        for block in self.blocks:
+            here = {layer.name: delta[layer.name].to(block.basis.like) for layer in block.basis.layers}
+            Z = block.basis.rotate(here)
+            outside = Z.new_zeros((), dtype=torch.float64)
+            if not block.basis.complete:
+                whole = torch.stack([Q.double().square().sum((-2, -1)) for Q in here.values()]).sum(0)
+                inside = Z.double().square().sum(tuple(range(-block.curvature.dim(), 0)))
+                outside = (whole - inside).clamp_min(0)
+            parts.append((Z, outside))
+        return parts
 
-    def _spent(self, parts: Sequence[tuple[Tensor, Matrices | None, Tensor]], mu: Tensor) -> Tensor:
-        total: Tensor | float = 0.0
-        for block, (Z, _, outside) in zip(self.blocks, parts, strict=True):
-            curvature = block.curvature.double()
-            dims = tuple(range(-curvature.dim(), 0))
-            shrunk = Z.double() / (1 + _expand(mu.to(Z.device), curvature) * curvature)
-            total = total + (shrunk.square() * curvature).sum(dims)
-            total = total + block.floor * outside / (1 + mu.to(Z.device) * block.floor) ** 2
-        assert isinstance(total, Tensor)
-        return total / 2
-
-    def _multiplier(self, parts: Sequence[tuple[Tensor, Matrices | None, Tensor]]) -> Tensor:
+    def _multiplier(self, parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """The smallest μ ≥ 0 with ½ Σ λ (Z / (1 + μλ))² ≤ ε, one a run.
 
         Newton on (½ Σ …)^−½, which is concave and increasing in μ and nearly linear: it converges from
         below without a safeguard (the secular equation of trust regions).
         """
         squares = []
-        for block, (Z, _, outside) in zip(self.blocks, parts, strict=True):
+        for block, (Z, outside) in zip(self.blocks, parts, strict=True):
             curvature = block.curvature.double()
             squares.append((curvature.flatten(), Z.double().square().flatten(-curvature.dim())))
             if block.floor:
@@ -389,7 +392,7 @@ def _null_block(block: Block, gamma: float | None, k: int | None) -> NullBlock:
     tie = min(16 * eps * float(ordered[0]), 1e-3 * threshold)
     if block.floor > 0 and threshold - tie <= block.floor:
         raise ValueError(short.format(block.floor))
-    removed = magnitudes >= threshold - tie
+    removed = (magnitudes >= threshold - tie) & (magnitudes > 0)  # without curvature there is nothing to remove
     energy = float(magnitudes[removed].sum()) / block.total if block.total > 0 else 1.0
     return NullBlock(
         block.basis,

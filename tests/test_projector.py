@@ -122,9 +122,9 @@ def test_k_given_takes_the_eigenspace_of_the_kth(values: list[int], data: st.Dat
     k = data.draw(st.integers(1, len(values)))
     null = dense(torch.tensor(values)).null_space(k=k)
     smallest = sorted((abs(v) for v in values), reverse=True)[k - 1]
-    assert null.blocks[0].removed.tolist() == [abs(v) >= smallest for v in values]
+    assert null.blocks[0].removed.tolist() == [abs(v) >= smallest and v != 0 for v in values]
     assert null.gamma is None
-    assert null.removed >= k
+    assert null.removed >= min(k, len(values) - values.count(0))
 
 
 @pytest.mark.parametrize(
@@ -163,6 +163,14 @@ def test_the_cut_does_not_depend_on_the_basis_of_an_eigenspace() -> None:
     for gamma in (0.3, 0.4, 0.5, 0.7, 0.9):
         a, b = (s.null_space(gamma) for s in (Spectrum((block,)), other))
         assert_close(matrix_of(a.project, a.layers), matrix_of(b.project, b.layers))
+
+
+@pytest.mark.parametrize("spectrum", [dense(torch.zeros(24), (LAYER,)), kronecker(torch.zeros(4, 6))])
+def test_without_curvature_everything_is_kept(spectrum: Spectrum) -> None:
+    delta = random_displacement([LAYER])
+    for null in (spectrum.null_space(0.5), spectrum.null_space(k=3)):
+        assert null.kept == 24
+        assert_close(null.project(delta)["w"], delta["w"], 1e-14)
 
 
 def test_each_block_has_its_own_cut() -> None:

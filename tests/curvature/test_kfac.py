@@ -84,6 +84,23 @@ def test_padding_counts_nowhere_and_prompts_do(labels: str, sharing: str) -> Non
     assert (scale.terms, scale.positions) == (6, 9 if sharing == "expand" else 3)
 
 
+@pytest.mark.parametrize("kernel", [3, 1])
+def test_images_of_several_sizes(kernel: int) -> None:
+    """And with a bias, whose ones belong to no pixel; large and small kernels sum a aᵀ in different ways."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 3, kernel, padding=1), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3)
+    )
+    sizes = ((2, 5, 4), (3, 3, 6), (1, 5, 4))
+    data = [(torch.randn(n, 2, h, w), torch.randint(3, (n,))) for n, h, w in sizes]
+    c = Case(model, CrossEntropy(), data, ["0"], True)
+    for sharing in ("expand", "reduce"):
+        fit = KFAC.fit(*c.arguments, labels="exact", sharing=sharing, bias=True).factors["0"]  # type: ignore[arg-type]
+        A, S = kfac_factors(c, "0", "exact", sharing)
+        assert_close(fit.A, A)
+        assert_close(fit.S, S)
+
+
 def test_prompt_positions_enter_the_factors() -> None:
     """What is ignored as a label is not ignored as an input, for later predictions attend to it."""
     torch.manual_seed(0)
