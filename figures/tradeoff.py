@@ -31,13 +31,13 @@ def curve(rows: pd.DataFrame, knob: str) -> pd.DataFrame:
     return (100 * grouped.mean()).join(100 * grouped.std().fillna(0.0), rsuffix="_std")
 
 
-def draw(table: pd.DataFrame, path: Path, from_accuracy: float = 90.0) -> list[Path]:
+def draw(table: pd.DataFrame, path: Path, from_accuracy: float = 95.0) -> list[Path]:
     """Write `path` as PDF and PNG: pre-training accuracy against fine-tuning accuracy, a curve a method.
 
     Args:
         table: rows of the study.
         path: file name; the endings .pdf and .png are put in turn.
-        from_accuracy: left end of the axis in per cent (the paper's plot begins at 95 %).
+        from_accuracy: left end of the axis in per cent (the paper's plot keeps points from 95 %).
     """
     constraints = [c for c in ("null-space", "ellipsoid") if (table["constraint"] == c).any()]
     figure, axes = plt.subplots(

@@ -510,9 +510,9 @@ def main(config: Config) -> None:
 
 
 def axis_start(table: pd.DataFrame) -> float:
-    """Left end of the figure in %: 90, or lower where nothing would be seen (small presets)."""
+    """Left end of the figure in %: 95 as in the paper, or lower where little would be seen (small presets)."""
     constrained = 100 * table[table["constraint"] != "none"]["pretrain_accuracy"]
-    return 90.0 if len(constrained) == 0 or constrained.median() > 93 else math.floor(constrained.min() / 10) * 10.0
+    return 95.0 if len(constrained) == 0 or constrained.median() > 97 else math.floor(constrained.min() / 10) * 10.0
 
 
 if __name__ == "__main__":
