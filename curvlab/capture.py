@@ -265,6 +265,8 @@ def _forward(
                     f"layer {layer.name!r} is used more than once in a forward pass; the curvature of a reused "
                     "layer is not that of one W a: choose another layer"
                 )
+            if not args:
+                raise ValueError(f"layer {layer.name!r} is called with keyword arguments; pass its input by position")
             x = args[0].detach()
             raw_inputs[layer.name], versions[layer.name] = x, x._version
             s = output if output.requires_grad else output.detach().requires_grad_()

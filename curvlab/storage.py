@@ -28,6 +28,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp's files are the owner's alone
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -182,8 +182,10 @@ def comparison(
 ) -> Row:  # fmt: skip
     """One row: ratio = peer_s / ours_s, and whether it reaches the goal."""
     ratio = peer_s / ours_s
+    if not math.isfinite(diff):  # (a peer's softmax Hessian is not a number where predictions are sure)
+        note += "; the peer's result is not finite, so that there is nothing to compare"
     return {
-        "work": work, "ours_s": ours_s, "peer": peer, "peer_s": peer_s, "ratio": ratio, "max_rel_diff": diff,
+        "work": work, "ours_s": ours_s, "peer": peer, "peer_s": peer_s, "ratio": ratio, "max_rel_diff": diff if math.isfinite(diff) else None,
         "goal": goal, "met": None if goal is None else ratio >= goal, "note": note,
         "ours_bytes": ours_bytes, "peer_bytes": peer_bytes,
     }  # fmt: skip
@@ -380,9 +382,7 @@ def kronecker(setup: Setup) -> Iterator[Row]:
         mine = product(setup.model, fitted.spectrum(), v)
         for peer, (seconds, apply) in timed.items():
             if apply is None:
-                print(
-                    f"{peer} has no {name} of this model: its float32 eigh does not converge (dead units)", flush=True
-                )
+                print(f"{peer} has no {name} of this model: its float32 eigh fails", flush=True)
                 continue
             theirs = apply(v)
             note = notes[peer]
@@ -399,7 +399,7 @@ def kronecker(setup: Setup) -> Iterator[Row]:
 
 
 def attempt(fit: Callable[..., Any], *arguments: Any) -> Any:
-    """What `fit` gives, None where a peer's eigh fails to converge (rank-deficient factors of dead units)."""
+    """What `fit` gives, None where a peer's float32 eigh fails (dead units, sure predictions)."""
     try:
         return fit(*arguments)
     except torch.linalg.LinAlgError:

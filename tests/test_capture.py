@@ -33,6 +33,7 @@ from curvlab.capture import (
     split,
     split_at,
 )
+from curvlab.curvature import KFAC
 from curvlab.layers import find_layers
 from curvlab.losses import CrossEntropy, Scale
 
@@ -230,3 +231,17 @@ def test_models_are_cut_below_a_layer() -> None:
     for wrong, name in ((model, "d"), (Tokens(), "first"), (nn.Sequential(OrderedDict(a=mlp())), "a.0")):
         with pytest.raises(ValueError, match="no direct child of a Sequential"):
             split_at(wrong, name)  # type: ignore[arg-type]
+
+
+def test_a_layer_called_by_keyword_is_refused() -> None:
+    class Named(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = torch.nn.Linear(3, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(input=x)
+
+    model = Named().eval()
+    with pytest.raises(ValueError, match="by position"):
+        KFAC.fit(model, CrossEntropy(), [(torch.randn(4, 3), torch.zeros(4, dtype=torch.int64))], "fc", labels="exact")

@@ -11,7 +11,7 @@ from curvlab import memory, spectrum
 from curvlab.layers import LayerShape
 from curvlab.memory import announce, bytes_of, human
 from curvlab.spectrum import Block, DenseBasis, KroneckerBasis, Spectrum, dense_spectrum, eigh
-from curvlab.storage import save_tensors
+from curvlab.storage import replacing, save_tensors
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -214,3 +214,24 @@ def test_truncated_and_unscaled_spectra_survive_a_file(tmp_path: Path) -> None:
             assert a.basis.tensors().keys() == b.basis.tensors().keys()
             for name, t in a.basis.tensors().items():
                 assert torch.equal(t, b.basis.tensors()[name])
+
+
+def test_files_have_the_permissions_of_any_new_file(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    with replacing(tmp_path / "kept") as temporary:
+        temporary.write_text("x")
+    assert (tmp_path / "kept").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_file_half_written_leaves_the_old_one(tmp_path: Path) -> None:
+    (tmp_path / "kept").write_text("x")
+
+    def interrupted() -> None:
+        with replacing(tmp_path / "kept") as temporary:
+            temporary.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        interrupted()
+    assert (tmp_path / "kept").read_text() == "x"
+    assert [p.name for p in tmp_path.iterdir()] == ["kept"]

@@ -41,7 +41,8 @@ class GaussNewton(ExactCurvature):
             bias: join each layer's bias to its W.
             labels: "exact" is the GGN; "model" a Monte-Carlo Fisher (its expectation); "data" the empirical Fisher.
             draws, seed: of `labels="model"`.
-            store: keep gradient rows (fast products; C·N rows). False: recompute them by autograd in each product.
+            store: keep gradient rows (fast products; C·N rows). False: recompute them by autograd in each product, at
+                the model's weights at that time: leave the model as it is meanwhile.
         """
         loss = as_loss(loss)
         chosen = find_layers(model, layers, bias)

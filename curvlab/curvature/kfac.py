@@ -200,6 +200,9 @@ class KFAC:
         return cls(factors, meta["labels"], meta["sharing"])  # type: ignore[arg-type]
 
 
+PIXELS = 4096  # of an image at most, for `PixelGram`: 64 MiB in float32
+
+
 class PixelGram:
     """Σ a aᵀ of a convolution from one product over its input's pixels, folded into patches at the end.
 
@@ -215,7 +218,7 @@ class PixelGram:
     @staticmethod
     def pays(layer: Conv2dLayer, x: Tensor) -> bool:
         """Whether it is the cheaper way (small products an example run at half the speed of a large one)."""
-        return x[0].numel() ** 2 < 2 * layer.places(x[:1]).shape[1] * layer.d_in**2
+        return x[0].numel() <= PIXELS and x[0].numel() ** 2 < 2 * layer.places(x[:1]).shape[1] * layer.d_in**2
 
     @property
     def positions(self) -> int:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from reference import (
     CASES,
+    Case,
     assert_close,
     case,
     data_of,
@@ -19,7 +20,7 @@ from reference import (
 from scipy.sparse.linalg import eigsh
 from torch import nn
 
-from curvlab.curvature import GaussNewton
+from curvlab.curvature import GaussNewton, Hessian
 from curvlab.losses import CrossEntropy, SquaredError
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -253,3 +254,28 @@ def test_sequence_with_one_position_is_a_vector() -> None:
     c = sequences(SquaredError(), ["first"], True)
     c.data = [(x[:, :1], y[:, :1]) for x, y in c.data]
     assert_close(GaussNewton.fit(*c.arguments, bias=True).dense(), gauss_newton_matrix(c))
+
+
+def sparse_case() -> Case:
+    """Inputs zero on some examples or on all; output units dead on all, in the middle as well as at the end."""
+    torch.manual_seed(0)
+    c = vectors(CrossEntropy(), ["2"], True)
+    c.model = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    with torch.no_grad():
+        c.model[0].bias[2] = -100.0  # an input that is always zero
+        c.model[4].weight[:, [1, 4]] = 0.0  # outputs that nothing depends on
+    hidden = torch.cat([c.model[:2](x) for x, _ in c.data])
+    zeros = (hidden == 0).double().mean(0)
+    assert float(zeros[2]) == 1.0
+    assert bool(((zeros > 0) & (zeros < 1)).any())
+    return c
+
+
+@pytest.mark.parametrize("kind", [GaussNewton, Hessian])
+def test_units_that_are_dead_now_and_then_or_always(kind) -> None:  # type: ignore[no-untyped-def]
+    c = sparse_case()
+    expected = gauss_newton_matrix(c) if kind is GaussNewton else hessian_matrix(c)
+    fit = kind.fit(*c.arguments, bias=True)
+    assert_close(fit.dense(), expected)
+    assert_close(fit.matmat(torch.eye(fit.size)), reorder(c, expected, "rows"))
+    assert fit.trace() == pytest.approx(float(expected.trace()))
