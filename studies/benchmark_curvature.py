@@ -185,7 +185,8 @@ def comparison(
     if not math.isfinite(diff):  # (a peer's softmax Hessian is not a number where predictions are sure)
         note += "; the peer's result is not finite, so that there is nothing to compare"
     return {
-        "work": work, "ours_s": ours_s, "peer": peer, "peer_s": peer_s, "ratio": ratio, "max_rel_diff": diff if math.isfinite(diff) else None,
+        "work": work, "ours_s": ours_s, "peer": peer, "peer_s": peer_s, "ratio": ratio,
+        "max_rel_diff": diff if math.isfinite(diff) else None,
         "goal": goal, "met": None if goal is None else ratio >= goal, "note": note,
         "ours_bytes": ours_bytes, "peer_bytes": peer_bytes,
     }  # fmt: skip
