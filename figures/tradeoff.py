@@ -28,7 +28,7 @@ TASK_NAMES = {"mnist": ("MNIST", "Fashion-MNIST"), "embedded": ("digits", "lette
 def curve(rows: pd.DataFrame, knob: str) -> pd.DataFrame:
     """Mean and standard deviation over seeds of both accuracies (in %), one line a value of γ or ε."""
     grouped = rows.groupby(knob)[["pretrain_accuracy", "finetune_accuracy"]]
-    return (100 * grouped.mean()).join(100 * grouped.std().fillna(0.0), rsuffix="_std")
+    return (100 * grouped.mean()).join((100 * grouped.std().fillna(0.0)).add_suffix("_std"))
 
 
 def draw(table: pd.DataFrame, path: Path, from_accuracy: float = 95.0) -> list[Path]:
@@ -85,9 +85,9 @@ def draw(table: pd.DataFrame, path: Path, from_accuracy: float = 95.0) -> list[P
         ax.legend(fontsize=7.5, loc="lower left")
     axes[0][0].set_ylabel(f"{_task(table, 'finetune')} (fine-tuning) test accuracy, %")
     first = table.iloc[0]
-    title = (
-        f"LeNet-5 ({first['activation']}), {first['layer']} edited with {first['optimizer']}, "
-        f"{table['seed'].nunique()} seed{'s' * (table['seed'].nunique() > 1)}: mean ± standard deviation"
+    seeds = table["seed"].nunique()
+    title = f"LeNet-5 ({first['activation']}), {first['layer']} edited with {first['optimizer']}, " + (
+        "1 seed" if seeds == 1 else f"{seeds} seeds: mean ± standard deviation"
     )
     note = str(first.get("dataset_note", "") or "")
     if note and note != "nan":
@@ -108,4 +108,4 @@ if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit(__doc__)
     source = Path(sys.argv[1])
-    print(*draw(pd.read_csv(source), source.with_name("tradeoff.pdf")), sep="\n")
+    print(*draw(pd.read_csv(source), source.with_suffix(".pdf")), sep="\n")
