@@ -95,7 +95,32 @@ def check_optimizer(optimizer: Optimizer, weights: Sequence[Weights]) -> None:
         )
 
 
-class ConstrainedDescent:
+class Moving:
+    """Constrained weights on their way: how far from θ0, how far since the last fit."""
+
+    constraint: Any
+    start: Matrices
+    reference: Matrices
+
+    def matrices(self) -> Matrices:
+        """The weights as they stand."""
+        raise NotImplementedError
+
+    def displacement(self) -> Matrices:
+        """θ − θ0."""
+        return {name: W - self.start[name] for name, W in self.matrices().items()}
+
+    def leak(self) -> float:
+        """Share of the displacement since the last fit that lies outside the constraint (an ellipsoid: since θ0)."""
+        since = self.reference if self.constraint.linear else self.start
+        return float(leakage(self.constraint, {n: W - since[n] for n, W in self.matrices().items()}).max())
+
+    def drift(self) -> float:
+        """Relative Frobenius change since the last fit."""
+        return float(relative_change(self.matrices(), self.reference).max())
+
+
+class ConstrainedDescent(Moving):
     """An optimiser under a constraint; made by `attach`.
 
     Attributes:
@@ -117,8 +142,8 @@ class ConstrainedDescent:
         self.constraint = constraint
         self.refits = 0
         self.steps = 0
-        self.start = self._matrices()
-        self.reference = self._matrices()
+        self.start = self.matrices()
+        self.reference = self.matrices()
         self._before: Matrices = {}
         self._evaluations = 0
         self._handles = [
@@ -129,19 +154,6 @@ class ConstrainedDescent:
         """Leave the optimiser as it was."""
         for handle in self._handles:
             handle.remove()
-
-    def displacement(self) -> Matrices:
-        """θ − θ0."""
-        return {name: W - self.start[name] for name, W in self._matrices().items()}
-
-    def leak(self) -> float:
-        """Share of the displacement since the last fit that lies outside the constraint (an ellipsoid: since θ0)."""
-        since = self.reference if self.constraint.linear else self.start
-        return float(leakage(self.constraint, {n: W - since[n] for n, W in self._matrices().items()}).max())
-
-    def drift(self) -> float:
-        """Relative Frobenius change since the last fit."""
-        return float(relative_change(self._matrices(), self.reference).max())
 
     def check_drift(self) -> bool:
         """Refit if the weights have drifted; whether they had."""
@@ -154,11 +166,11 @@ class ConstrainedDescent:
     def replace(self, constraint: Constraint) -> None:
         """Go on under another constraint; momentum gathered under the old one is projected or dropped."""
         self.constraint = _fitting(constraint, self.weights)
-        self.reference = self._matrices()
+        self.reference = self.matrices()
         if self.project == "gradient":
             self._project_state()
 
-    def _matrices(self) -> Matrices:
+    def matrices(self) -> Matrices:
         # a copy: where W is the parameter itself, the next step must not move it
         return {layer.name: layer.matrix().detach().clone() for layer in self.weights}
 
@@ -166,7 +178,7 @@ class ConstrainedDescent:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # torch hands the optimiser as args[0]
         self._evaluations = 0
         if self.project == "update":
-            self._before = self._matrices()
+            self._before = self.matrices()
         elif closure is None:
             self._project_gradients()
         if closure is None:
@@ -216,7 +228,7 @@ class ConstrainedDescent:
                 parameter.grad = value.to(parameter.dtype).contiguous()
 
     def _project_update(self) -> None:
-        wide = [_widened(matrices) for matrices in (self.start, self._before, self._matrices())]
+        wide = [_widened(matrices) for matrices in (self.start, self._before, self.matrices())]
         self._write(self.constraint.admit(*wide))
 
     def _write(self, matrices: Matrices) -> None:

@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from curvlab.descent import DriftRule, constrained_layers, leakage, relative_change
+from curvlab.descent import DriftRule, Moving, constrained_layers
 from curvlab.layers import Conv2dLayer, Matrices, MatrixLayer
 from curvlab.projector import Ellipsoid, NullBlock, NullSpace
 from curvlab.spectrum import KroneckerBasis
 
 
-class Eigenbasis:
+class Eigenbasis(Moving):
     """Layers of a model that descend in the eigenbasis of a constraint; made by `parametrize`.
 
     Attributes:
@@ -78,19 +78,6 @@ class Eigenbasis:
         with torch.no_grad():
             delta = self.constraint.displacement(self.coordinates)
         return {layer.name: layer.matrix() + delta[layer.name] for layer in self.layers}
-
-    def displacement(self) -> Matrices:
-        """θ − θ0."""
-        return {name: W - self.start[name] for name, W in self.matrices().items()}
-
-    def leak(self) -> float:
-        """Share of the displacement since the last fit that lies outside the constraint: round-off."""
-        since = self.reference if self.constraint.linear else self.start
-        return float(leakage(self.constraint, {n: W - since[n] for n, W in self.matrices().items()}).max())
-
-    def drift(self) -> float:
-        """Relative Frobenius change since the last fit."""
-        return float(relative_change(self.matrices(), self.reference).max())
 
     def check_drift(self) -> bool:
         """Refit if the weights have drifted; whether they had. The refit sees the merged weights."""

@@ -724,7 +724,7 @@ def staircase_step(bench: Bench, null: NullSpace) -> Stepper:
     optimizer = torch.optim.SGD([weight], lr=bench.lr)
     compact = null.compact()
     descent = attach(model, optimizer, compact)
-    (block,) = descent.constraint.blocks  # type: ignore[attr-defined]
+    (block,) = descent.constraint.blocks
 
     def take() -> None:
         _restart(weight, bench.W)

@@ -222,6 +222,24 @@ def test_momentum_is_projected_into_the_new_null_space(setting: Any) -> None:
     assert descent.leak() < 1e-12
 
 
+def test_for_sgd_projected_updates_are_projected_gradients_refits_included(setting: Any) -> None:
+    model, x, y = setting
+    paths = []
+    for project in ("gradient", "update"):
+        own = copy.deepcopy(model)
+        optimizer = torch.optim.SGD(weights(own), lr=0.3)
+        descent = attach(own, optimizer, kfac(model, x, y).null_space(0.5), project=project)  # type: ignore[arg-type]
+        steps(own, optimizer, x, y, 5)
+        moved = descent.displacement()
+        new = kfac(model, x, y).null_space(0.99)
+        assert (moved["fc2"] - new.project(moved)["fc2"]).norm() > 1e-3  # the new null space does not hold all of it
+        descent.replace(new)
+        steps(own, optimizer, x, y, 5)
+        assert torch.linalg.norm(descent.displacement()["fc2"] - moved["fc2"]) > 1e-4
+        paths.append(weights(own)[0].detach())
+    torch.testing.assert_close(paths[1], paths[0], rtol=1e-10, atol=1e-12)
+
+
 def test_history_of_unknown_kind_is_dropped_at_a_refit(setting: Any) -> None:
     model, x, y = setting
     optimizer = torch.optim.LBFGS(weights(model), lr=0.5, max_iter=4)
