@@ -129,6 +129,42 @@ class SquaredError:
         return 0.5 * self.scale * (outputs - reference).square().sum(-1)
 
 
+@dataclass(frozen=True)
+class BinaryCrossEntropy:
+    """Logistic loss softplus(ŷ) − y ŷ, summed over the C outputs; targets in [0, 1], like the outputs.
+
+    H_ŷ = diag(p (1 − p)), p = sigmoid(ŷ): several labels at once. Its Bregman distance is the sum of the
+    outputs' KL divergences, free of labels.
+    """
+
+    def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        if targets.shape != outputs.shape:
+            raise ValueError(f"targets {tuple(targets.shape)} must be shaped like the outputs {tuple(outputs.shape)}")
+        return F.binary_cross_entropy_with_logits(outputs, targets, reduction="none").sum(-1)
+
+    def terms(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return torch.ones(outputs.shape[:2], dtype=torch.bool, device=outputs.device)
+
+    def gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return outputs.sigmoid() - targets
+
+    def hessian_product(self, outputs: Tensor, targets: Tensor, vectors: Tensor) -> Tensor:
+        return outputs.sigmoid() * (-outputs).sigmoid() * vectors
+
+    def hessian_factor(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return torch.diag_embed((outputs.sigmoid() * (-outputs).sigmoid()).sqrt())
+
+    def sampled_gradient(self, outputs: Tensor, targets: Tensor, seed: int, draw: int, examples: Tensor) -> Tensor:
+        p = outputs.double().sigmoid()
+        drawn = uniforms(seed, draw, examples, outputs.shape[1], outputs.shape[2]) < p
+        return (p - drawn.to(p)).to(outputs.dtype)
+
+    def bregman(self, outputs: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
+        p0 = reference.sigmoid()
+        on, off = F.logsigmoid(reference) - F.logsigmoid(outputs), F.logsigmoid(-reference) - F.logsigmoid(-outputs)
+        return (p0 * on + (-reference).sigmoid() * off).sum(-1)
+
+
 def as_loss(loss: Any) -> Loss:
     """`loss` itself, or our equivalent of a torch loss module with its default settings.
 
@@ -148,7 +184,9 @@ def as_loss(loss: Any) -> Loss:
     if isinstance(loss, type) or not all(
         hasattr(loss, name) for name in ("value", "hessian_factor", "sampled_gradient", "bregman")
     ):
-        raise TypeError(f"{loss!r} is no loss; use CrossEntropy(), SquaredError() or the methods of losses.Loss")
+        raise TypeError(
+            f"{loss!r} is no loss; use CrossEntropy(), SquaredError(), BinaryCrossEntropy() or the methods of losses.Loss"
+        )
     return loss
 
 

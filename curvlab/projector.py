@@ -37,18 +37,18 @@ class NullBlock:
     threshold: Tensor
 
     @cached_property
-    def _cheapest(self) -> tuple[Basis, Tensor, bool]:
-        """The restricted basis that costs least, its mask, and whether that mask says what is removed."""
+    def _cheapest(self) -> tuple[Basis, Tensor, Any, bool]:
+        """The restricted basis that costs least, its mask and plan, and whether that mask says what is removed."""
         stacked = self.removed.dim() > len(self.basis.shape)
         masks = [(self.removed, True)] + ([(~self.removed, False)] if self.basis.complete else [])
         options = [(mask.any(0) if stacked else mask, mask, removes) for mask, removes in masks]
         used, mask, removes = min(options, key=lambda option: self.basis.cost(option[0]))
         basis, index = self.basis.restrict(used)
-        return basis, mask[..., *index].to(basis.like.dtype), removes
+        return basis, mask[..., *index].to(basis.like.dtype), basis.plan(used[index]), removes
 
     def project(self, delta: Matrices) -> Matrices:
-        basis, mask, removes = self._cheapest
-        part = basis.rotate_back(mask * basis.rotate(delta))
+        basis, mask, plan, removes = self._cheapest
+        part = basis.filter(delta, mask, plan)
         return {name: delta[name] - Q for name, Q in part.items()} if removes else part
 
     @property

@@ -82,8 +82,15 @@ class DenseBasis:
         return replace(self, vectors=self.vectors[:, index].contiguous()), (index,)
 
     def cost(self, used: Tensor) -> float:
-        """Multiply–adds of rotating there and back with the basis restricted to `used`."""
+        """Multiply–adds of `filter` with the basis restricted to `used`."""
         return 2.0 * self.size * int(used.sum())
+
+    def plan(self, used: Tensor) -> None:
+        """Nothing to choose."""
+
+    def filter(self, delta: Matrices, mask: Tensor, plan: None = None) -> Matrices:
+        """U (mask ⊙ Uᵀδ), the mask (…, r) of the basis' dtype."""
+        return self.rotate_back(mask * self.rotate(delta))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "DenseBasis":
         return replace(self, vectors=function(self.vectors))
@@ -95,6 +102,26 @@ class DenseBasis:
     def like(self) -> Tensor:
         """A tensor of the basis' dtype and device."""
         return self.vectors
+
+
+STRIP = 128  # rows of eigenvectors at a time: enough for a matrix product at full speed
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to filter in a Kronecker basis: which side first, then strips of eigenvectors with the range each needs.
+
+    A staircase (K-FAC's mask) fills little of its rectangle; strips follow its steps.
+
+    Attributes:
+        out_first: U_outᵀ Q first and strips of rows; else Q U_in first and strips of columns.
+        strips: (rows, columns) of the mask; together they hold all of it.
+        cost: multiply–adds.
+    """
+
+    out_first: bool
+    strips: tuple[tuple[slice, slice], ...]
+    cost: float
 
 
 @dataclass(frozen=True)
@@ -154,11 +181,45 @@ class KroneckerBasis:
         return KroneckerBasis(self.layer, u_out, u_in), (rows[:, None], columns[None, :])
 
     def cost(self, used: Tensor) -> float:
+        """Multiply–adds of `filter` with the basis restricted to `used`."""
         rows, columns = self._rectangle(used)
-        d_out, d_in, r_out, r_in = self.layer.d_out, self.layer.d_in, len(rows), len(columns)
+        return self.plan(used[rows][:, columns]).cost
+
+    def plan(self, used: Tensor) -> Plan:
+        """The cheapest way to filter with a mask inside `used` (r_out, r_in)."""
+        d_out, d_in, (r_out, r_in) = self.layer.d_out, self.layer.d_in, used.shape
         if self.u_out is None:
-            return 2.0 * d_out * d_in * r_in
-        return 2.0 * min(r_out * d_in * (d_out + r_in), d_out * r_in * (d_in + r_out))
+            return Plan(True, ((slice(0, d_out), slice(0, r_in)),), 2.0 * d_out * d_in * r_in)
+        whole = (slice(0, r_out), slice(0, r_in))
+        plans = []
+        for out_first in (True, False):
+            first = 2.0 * d_out * d_in * (r_out if out_first else r_in)
+            strips = _strips(used) if out_first else [(rows, columns) for columns, rows in _strips(used.mT)]
+            for choice in ([whole], strips):
+                area = sum((rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns in choice)
+                plans.append(Plan(out_first, tuple(choice), first + 2.0 * (d_in if out_first else d_out) * area))
+        # one large product runs a little faster than strips of it
+        return min(plans, key=lambda plan: plan.cost * (1.0 if len(plan.strips) == 1 else 1.1))
+
+    def filter(self, delta: Matrices, mask: Tensor, plan: Plan) -> Matrices:
+        """U_out (mask ⊙ (U_outᵀ Q U_in)) U_inᵀ, the mask (…, r_out, r_in) of the basis' dtype."""
+        Q = delta[self.layer.name]
+        u_out, u_in = self.u_out, self.u_in
+        parts = []
+        if plan.out_first:
+            Z = Q if u_out is None else u_out.mT @ Q
+            for rows, columns in plan.strips:
+                inner = u_in[:, columns]
+                parts.append((mask[..., rows, columns] * (Z[..., rows, :] @ inner)) @ inner.mT)
+            Z = torch.cat(parts, -2) if len(parts) > 1 else parts[0]
+            return {self.layer.name: Z if u_out is None else u_out @ Z}
+        assert u_out is not None
+        Z = Q @ u_in
+        for rows, columns in plan.strips:
+            outer = u_out[:, rows]
+            parts.append(outer @ (mask[..., rows, columns] * (outer.mT @ Z[..., columns])))
+        Z = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
+        return {self.layer.name: Z @ u_in.mT}
 
     def _rectangle(self, used: Tensor) -> tuple[Tensor, Tensor]:
         (columns,) = used.any(0).nonzero(as_tuple=True)
@@ -178,6 +239,17 @@ class KroneckerBasis:
 
 
 Basis = DenseBasis | KroneckerBasis
+
+
+def _strips(used: Tensor) -> list[tuple[slice, slice]]:
+    """Rows of a mask, `STRIP` at a time, with the range of columns that each uses."""
+    strips = []
+    for start in range(0, len(used), STRIP):
+        rows = used[start : start + STRIP]
+        columns = rows.any(0).nonzero()
+        bounds = (int(columns[0]), int(columns[-1]) + 1) if len(columns) else (0, 0)
+        strips.append((slice(start, start + len(rows)), slice(*bounds)))
+    return strips or [(slice(0, 0), slice(0, used.shape[1]))]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, hessian, jacrev
 
-from curvlab.losses import CrossEntropy, SquaredError
+from curvlab.losses import BinaryCrossEntropy, CrossEntropy, SquaredError
 
 IGNORED = -100
 
@@ -121,7 +121,10 @@ class Case:
 
 
 def _targets(loss: Any, *shape: int, classes: int = 3) -> Tensor:
-    return torch.randn(*shape, classes) if isinstance(loss, SquaredError) else torch.randint(classes, shape)
+    if isinstance(loss, CrossEntropy):
+        return torch.randint(classes, shape)
+    targets = torch.randn(*shape, classes)
+    return targets.sigmoid().round() if isinstance(loss, BinaryCrossEntropy) else targets
 
 
 def _split(x: Tensor, y: Tensor, *sizes: int) -> list[tuple[Any, ...]]:
@@ -163,6 +166,8 @@ CASES: dict[str, Callable[[], Case]] = {
     "linear, last": lambda: vectors(CrossEntropy(), ["2"], True),
     "linear, two layers": lambda: vectors(CrossEntropy(), ["0", "2"], True),
     "linear, squared error": lambda: vectors(SquaredError(scale=0.6), ["0", "2"], False),
+    "linear, logistic": lambda: vectors(BinaryCrossEntropy(), ["0"], True),
+    "sequence, logistic": lambda: sequences(BinaryCrossEntropy(), ["first", "second"], False),
     "linear, ignored": lambda: _some_ignored(vectors(CrossEntropy(ignore_index=1), ["0"], False)),
     "sequence": lambda: sequences(CrossEntropy(), ["first"], False),
     "sequence, two layers": lambda: sequences(CrossEntropy(), ["first", "second"], True),
@@ -241,6 +246,8 @@ def losses(loss: Any, outputs: Tensor, targets: Tensor) -> Tensor:
     targets = targets.view(outputs.shape if targets.is_floating_point() else outputs.shape[:2])
     if isinstance(loss, SquaredError):
         return 0.5 * loss.scale * ((outputs - targets) ** 2).sum(-1)
+    if isinstance(loss, BinaryCrossEntropy):
+        return ((1 + outputs.exp()).log() - targets * outputs).sum(-1)
     kept = targets != loss.ignore_index
     log_p = outputs - outputs.logsumexp(-1, keepdim=True)
     picked = log_p.gather(-1, targets.where(kept, 0).unsqueeze(-1)).squeeze(-1)
@@ -250,7 +257,7 @@ def losses(loss: Any, outputs: Tensor, targets: Tensor) -> Tensor:
 def count_terms(case: Case) -> int:
     total = 0
     for batch in case.data:
-        if isinstance(case.loss, SquaredError):
+        if not isinstance(case.loss, CrossEntropy):
             total += call(case.model, batch[0]).shape[:2].numel()
         else:
             total += int((batch[1] != case.loss.ignore_index).sum())

@@ -11,11 +11,12 @@ from reference import IGNORED, assert_close, cross_entropy_kl, losses
 from torch import Tensor, nn
 from torch.func import grad, hessian
 
-from curvlab.losses import CrossEntropy, Scale, SquaredError, as_loss
+from curvlab.losses import BinaryCrossEntropy, CrossEntropy, Scale, SquaredError, as_loss
 
 pytestmark = pytest.mark.usefixtures("float64")
 
 LOSSES: list[Any] = [CrossEntropy(), CrossEntropy(ignore_index=2), SquaredError(), SquaredError(scale=0.3)]
+LOSSES.append(BinaryCrossEntropy())
 
 
 def example(loss: Any, N: int = 3, T: int = 4, C: int = 5) -> tuple[Tensor, Tensor]:
@@ -23,6 +24,8 @@ def example(loss: Any, N: int = 3, T: int = 4, C: int = 5) -> tuple[Tensor, Tens
     outputs = 2 * torch.randn(N, T, C)
     if isinstance(loss, SquaredError):
         return outputs, torch.randn(N, T, C)
+    if isinstance(loss, BinaryCrossEntropy):
+        return outputs, torch.rand(N, T, C)
     targets = torch.randint(C, (N, T))
     targets[0, 1] = targets[-1, -2] = loss.ignore_index
     return outputs, targets
@@ -94,7 +97,7 @@ def test_confident_predictions_still_have_curvature() -> None:
     assert float((L @ L.T)[0, 0]) == pytest.approx(math.exp(-30) * (1 + math.exp(-5)), rel=1e-5)
 
 
-@pytest.mark.parametrize("loss", [CrossEntropy(), SquaredError(scale=0.3)], ids=repr)
+@pytest.mark.parametrize("loss", [CrossEntropy(), SquaredError(scale=0.3), BinaryCrossEntropy()], ids=repr)
 def test_second_moment_of_drawn_gradients_is_the_hessian(loss: Any) -> None:
     outputs, targets = example(loss, N=1, T=2, C=3)
     if isinstance(loss, CrossEntropy):
@@ -124,7 +127,7 @@ def test_labels_drawn_from_certain_predictions_are_certain() -> None:
 
 
 def test_draws_take_their_key() -> None:
-    for loss in (CrossEntropy(), SquaredError()):
+    for loss in (CrossEntropy(), SquaredError(), BinaryCrossEntropy()):
         outputs = torch.zeros(50, 2, 5)
         targets = torch.zeros(50, 2, dtype=torch.long)
 
@@ -161,6 +164,22 @@ def test_bregman_of_cross_entropy_is_the_kl_from_the_reference() -> None:
         CrossEntropy().bregman(outputs, reference, targets.clamp_min(0)),
         CrossEntropy().bregman(outputs, reference, torch.ones_like(targets)),
     )
+
+
+def test_bregman_of_the_logistic_loss_is_a_sum_of_kls_and_keeps_its_digits() -> None:
+    outputs, reference = torch.tensor([[[40.0, -40.0, 1.0]]]), torch.tensor([[[-35.0, 30.0, 1.0]]])
+    found = float(BinaryCrossEntropy().bregman(outputs, reference, torch.zeros(1, 1, 3)))
+    exact = [
+        math.log1p(math.exp(o)) - math.log1p(math.exp(r)) - (o - r) / (1 + math.exp(-r))
+        for o, r in ((40, -35), (-40, 30))
+    ]  # nearly certain of opposite things
+    assert found == pytest.approx(sum(exact), rel=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(6, 1), (6, 1, 1), (6,)])
+def test_the_logistic_loss_wants_targets_shaped_like_outputs(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="shaped like the outputs"):
+        BinaryCrossEntropy().value(torch.zeros(6, 1, 4), torch.zeros(shape))
 
 
 def test_torch_losses() -> None:

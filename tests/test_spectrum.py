@@ -108,6 +108,36 @@ def test_costs_count_multiply_adds() -> None:
     assert KroneckerBasis(LAYER, None, orthonormal(6)).cost(used(1, 2)) == 2 * 4 * 6 * 2
 
 
+def test_a_staircase_is_filtered_in_strips(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Strips give U (M ⊙ Uᵀδ) for any mask and stack of masks, and cost less than the rectangle for a staircase."""
+    monkeypatch.setattr(spectrum, "STRIP", 2)
+    torch.manual_seed(0)
+    for d_out, d_in in ((7, 11), (11, 7)):
+        layer = LayerShape("w", d_out, d_in, False)
+        i, j = torch.arange(d_out)[:, None], torch.arange(d_in)[None, :]
+        staircase = (i + 1) * (j + 1) <= d_in  # a hyperbola: a third of its rectangle
+        assert bool(staircase.any(1)[: min(d_out, d_in)].all())
+        assert bool(staircase.any(0).all())
+        some = torch.rand(d_out, d_in) < 0.2
+        for u_out in (orthonormal(d_out), None):
+            basis = KroneckerBasis(layer, u_out, orthonormal(d_in))
+            for mask in (staircase, ~staircase, some, torch.stack([some, staircase]), torch.zeros_like(some)):
+                used = mask.any(0) if mask.dim() == 3 else mask
+                for Q in (torch.randn(d_out, d_in), torch.randn(2, d_out, d_in)):
+                    expected = basis.rotate_back(mask * basis.rotate({"w": Q}))["w"]
+                    small, index = basis.restrict(used)
+                    found = small.filter({"w": Q}, mask[..., *index].to(Q), small.plan(used[index]))["w"]
+                    assert_close(found, expected)
+        basis = KroneckerBasis(layer, orthonormal(d_out), orthonormal(d_in))
+        plan = basis.plan(staircase)
+        assert len(plan.strips) > 1
+        assert plan.cost < 0.8 * basis.plan(torch.ones_like(staircase)).cost
+        covered = torch.zeros_like(staircase)
+        for strip in plan.strips:
+            covered[strip] = True
+        assert not bool((staircase & ~covered).any())
+
+
 def test_dense_bases_span_several_layers() -> None:
     torch.manual_seed(0)
     layers = (LayerShape("a", 2, 3, False), LayerShape("b", 1, 2, False))
