@@ -185,7 +185,8 @@ def as_loss(loss: Any) -> Loss:
         hasattr(loss, name) for name in ("value", "hessian_factor", "sampled_gradient", "bregman")
     ):
         raise TypeError(
-            f"{loss!r} is no loss; use CrossEntropy(), SquaredError(), BinaryCrossEntropy() or the methods of losses.Loss"
+            f"{loss!r} is no loss; use CrossEntropy(), SquaredError(), BinaryCrossEntropy() or a class with the "
+            "methods of losses.Loss"
         )
     return loss
 

@@ -2,6 +2,7 @@
 
 from curvlab.models.lenet import LeNet5
 from curvlab.models.mlp import MLP
+from curvlab.models.sequence import RunningMean
 from curvlab.models.training import TrainingRun, pretrain
 
-__all__ = ["MLP", "LeNet5", "TrainingRun", "pretrain"]
+__all__ = ["MLP", "LeNet5", "RunningMean", "TrainingRun", "pretrain"]

@@ -13,7 +13,7 @@ def _identity(x: Tensor) -> Tensor:
     return x
 
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "tanh": torch.tanh,
     "gelu": F.gelu,
@@ -38,8 +38,8 @@ class MLP(nn.Module):
         super().__init__()
         if len(sizes) < 2 or min(sizes) < 1:
             raise ValueError(f"sizes must be two or more positive widths (inputs, ..., outputs), got {list(sizes)}")
-        if activation not in _ACTIVATIONS:
-            raise ValueError(f"unknown activation {activation!r}; MLP knows {', '.join(_ACTIVATIONS)}")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"unknown activation {activation!r}; MLP knows {', '.join(ACTIVATIONS)}")
         self.sizes = tuple(sizes)
         self.activation = activation
         for i, (n_in, n_out) in enumerate(pairwise(sizes), start=1):
@@ -47,7 +47,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Outputs (N, sizes[-1]) of inputs (N, ...) that flatten to (N, sizes[0])."""
-        activate = _ACTIVATIONS[self.activation]
+        activate = ACTIVATIONS[self.activation]
         x = x.flatten(1)
         depth = len(self.sizes) - 1
         for i in range(1, depth):
