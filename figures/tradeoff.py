@@ -6,21 +6,10 @@ python figures/tradeoff.py results/results.csv
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import pandas as pd
 
-# method → (name in the legend, colour, marker); told apart in grey by marker and line as well
-STYLE = {
-    "hessian": ("Hessian", "#000000", "s"),
-    "ggn": ("GGN", "#0072b2", "o"),
-    "kfac": ("K-FAC", "#d55e00", "^"),
-    "ekfac": ("EK-FAC", "#009e73", "v"),
-    "covariance": ("activation covariance", "#cc79a7", "D"),
-}
-
+from figures.style import STYLE, save
 
 TASK_NAMES = {"mnist": ("MNIST", "Fashion-MNIST"), "embedded": ("digits", "letters")}
 
@@ -93,11 +82,7 @@ def draw(table: pd.DataFrame, path: Path, from_accuracy: float = 95.0) -> list[P
     if note and note != "nan":
         title += "\nEMBEDDED DATA, not MNIST → Fashion-MNIST"
     figure.suptitle(title, fontsize=10)
-    files = [path.with_suffix(".pdf"), path.with_suffix(".png")]
-    for file in files:
-        figure.savefig(file, dpi=160)
-    plt.close(figure)
-    return files
+    return save(figure, path)
 
 
 def _task(table: pd.DataFrame, part: str) -> str:
