@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from curvlab.capture import Data, Pass, count_examples, passes, require_reiterable
 from curvlab.curvature.exact import ExactCurvature
 from curvlab.curvature.products import AutogradProduct, KroneckerSum
-from curvlab.layers import find_layers
+from curvlab.layers import Conv2dLayer, find_layers
 from curvlab.losses import Loss, as_loss
 from curvlab.memory import announce, bytes_of
 
@@ -59,19 +59,35 @@ class Hessian(ExactCurvature):
         return cls(chosen, product, terms, semidefinite=False)
 
 
+COLUMNS = 64  # of S_n in one batched backward pass
+
+
 def output_hessians(pass_: Pass, loss: Loss) -> Tensor:
     """S_n = ∂²ℓ_n/∂s² of the one captured layer: (N, d_out, d_out)."""
     (layer,) = pass_.layers
     s = pass_.raw_outputs[layer.name]
+    channels = 1 if isinstance(layer, Conv2dLayer) else -1
+    units = torch.eye(layer.d_out, dtype=s.dtype, device=s.device)
     with torch.enable_grad():
         total = loss.value(pass_.outputs, pass_.targets).sum()
         (g,) = torch.autograd.grad(total, s, create_graph=True)
+        if not g.requires_grad:  # a loss linear in s has no second derivative
+            return s.new_zeros(len(s), layer.d_out, layer.d_out)
         columns = []
-        for i in range(layer.d_out):
-            column = None
-            if g.requires_grad:  # a loss linear in s has no second derivative
-                total_i = layer.outputs(g)[..., i].sum()
-                (column,) = torch.autograd.grad(total_i, s, retain_graph=True, allow_unused=True)
-            columns.append(layer.outputs(torch.zeros_like(s) if column is None else column)[:, 0])
-    S = torch.stack(columns, dim=1).detach()
+        for part in units.split(COLUMNS):
+            # one unit vector a column, at every example
+            vectors = part.view(len(part), *[layer.d_out if d == channels % s.dim() else 1 for d in range(s.dim())])
+            columns += _products(g, s, vectors.expand(-1, *s.shape))
+    S = torch.stack([layer.outputs(c)[:, 0] for c in columns], dim=1).detach()
     return (S + S.mT) / 2
+
+
+def _products(g: Tensor, s: Tensor, vectors: Tensor) -> list[Tensor]:
+    """(∂g/∂s)ᵀ v for each v of `vectors` (K, *s.shape), in one batched pass where every operation allows it."""
+    options: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
+    try:
+        (batch,) = torch.autograd.grad(g, s, vectors, is_grads_batched=True, **options)
+    except RuntimeError:  # an operation that vmap cannot batch
+        found = [torch.autograd.grad(g, s, v, **options)[0] for v in vectors]
+        return [torch.zeros_like(s) if c is None else c for c in found]
+    return list(torch.zeros_like(vectors) if batch is None else batch)

@@ -1,5 +1,7 @@
 """The exact Hessian against torch.func.hessian, and its indefinite spectra."""
 
+from typing import Any
+
 import pytest
 import torch
 from reference import (
@@ -15,9 +17,10 @@ from reference import (
     vectors,
 )
 from scipy.sparse.linalg import eigsh
-from torch import nn
+from torch import Tensor, nn
 
 from curvlab.curvature import Hessian
+from curvlab.curvature import hessian as hessian_module
 from curvlab.curvature.products import AutogradProduct, KroneckerSum
 from curvlab.losses import CrossEntropy, SquaredError
 
@@ -103,6 +106,70 @@ def test_a_loss_that_is_linear_in_the_layer_has_no_curvature() -> None:
     fit = Hessian.fit(model, Linear(), [(torch.randn(4, 2), torch.zeros(4, 3))], "0")
     assert float(fit.dense().abs().max()) == 0.0
     assert fit.trace() == 0.0
+
+
+class Cube(torch.autograd.Function):
+    """x³ with derivatives written by hand and no rule for vmap."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx: Any, *g: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return g[0] * Slope.apply(x)
+
+
+class Slope(torch.autograd.Function):
+    """3 x², whose backward looks at its numbers: no batching tensor can serve it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return 3 * x**2
+
+    @staticmethod
+    def backward(ctx: Any, *g: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return g[0] * 6 * x * (1.0 if bool(g[0].isfinite().all()) else float("nan"))
+
+
+class Cubed(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = Cube.apply(x)
+        return y
+
+
+def test_operations_that_cannot_be_batched_are_taken_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    c = vectors(CrossEntropy(), ["0"], False)
+    c.model[1] = Cubed()  # type: ignore[operator]
+    batched = []
+    grad = torch.autograd.grad
+
+    def spy(*arguments: Any, **options: Any) -> Any:
+        batched.append(options.get("is_grads_batched", False))
+        return grad(*arguments, **options)
+
+    monkeypatch.setattr(torch.autograd, "grad", spy)
+    S = Hessian.fit(*c.arguments).dense("rows")
+    assert True in batched
+    assert batched.count(False) > 4  # the columns again, one by one
+    monkeypatch.undo()
+
+    class Plain(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x**3
+
+    c.model[1] = Plain()  # type: ignore[operator]
+    assert_close(S, reorder(c, hessian_matrix(c), "rows"))
+
+
+def test_wide_layers_take_their_columns_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    c = case("linear, bias")
+    monkeypatch.setattr(hessian_module, "COLUMNS", 3)
+    assert_close(Hessian.fit(*c.arguments, bias=True).dense(), hessian_matrix(c))
 
 
 def test_iterators_serve_one_pass_only() -> None:
