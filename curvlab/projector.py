@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -176,7 +176,7 @@ class NullSpace:
 
 @dataclass(frozen=True)
 class EllipsoidBlock:
-    """λ ≥ 0 in a basis; directions outside the basis count with λ = `floor`, an upper bound."""
+    """λ ≥ 0 in a basis; directions outside the basis count with λ = `floor`."""
 
     basis: Basis
     curvature: Tensor
@@ -348,6 +348,7 @@ class Ellipsoid:
 
 
 Constraint = NullSpace | Ellipsoid
+Outside = Literal["bound", "mean"]
 
 
 def null_space(spectrum: Spectrum, gamma: float | None = None, k: int | None = None) -> NullSpace:
@@ -402,12 +403,18 @@ def _null_block(block: Block, gamma: float | None, k: int | None) -> NullBlock:
     )
 
 
-def ellipsoid(spectrum: Spectrum, epsilon: float) -> Ellipsoid:
+def ellipsoid(spectrum: Spectrum, epsilon: float, outside: Outside = "bound") -> Ellipsoid:
     """The set ½ δᵀCδ ≤ ε; |σ| stands for an indefinite curvature.
+
+    Args:
+        outside: with what curvature directions count of which only Σ|σ| is known: "bound", the smallest known
+            |σ|, which keeps the promise and overstates by far what thousands of them cost; or "mean", their mean |σ|.
 
     Raises:
         ValueError: ε not positive and finite; eigenvalues without the loss' units; a truncated Kronecker basis.
     """
+    if outside not in ("bound", "mean"):
+        raise ValueError(f"outside must be 'bound' or 'mean', got {outside!r}")
     if not (math.isfinite(epsilon) and epsilon > 0):
         raise ValueError(f"epsilon must be positive and finite, got {epsilon}")
     if not spectrum.scaled:
@@ -418,7 +425,12 @@ def ellipsoid(spectrum: Spectrum, epsilon: float) -> Ellipsoid:
         if isinstance(block.basis, KroneckerBasis) and not block.basis.complete:
             raise ValueError("an ellipsoid needs all eigenvectors of a Kronecker curvature: spectrum() without gamma")
     return Ellipsoid(
-        tuple(EllipsoidBlock(b.basis, b.magnitudes.to(b.basis.like.dtype), b.floor) for b in spectrum.blocks),
+        tuple(
+            EllipsoidBlock(
+                b.basis, b.magnitudes.to(b.basis.like.dtype), b.floor if outside == "bound" else b.mean_outside
+            )
+            for b in spectrum.blocks
+        ),
         epsilon,
     )
 

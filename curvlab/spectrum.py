@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -279,6 +279,12 @@ class Block:
         """|σ| of the known eigenvalues, float64, shaped like the coordinates."""
         return self.values.double().abs()
 
+    @property
+    def mean_outside(self) -> float:
+        """Mean |σ| of the unknown eigenvalues; 0 where all are known."""
+        unknown = self.basis.size - self.values.numel()
+        return max(self.total - float(self.magnitudes.sum()), 0.0) / unknown if unknown else 0.0
+
 
 @dataclass(frozen=True)
 class Spectrum:
@@ -306,11 +312,14 @@ class Spectrum:
 
         return null_space(self, gamma, k)
 
-    def ellipsoid(self, epsilon: float) -> "Ellipsoid":
-        """The displacements with ½ δᵀCδ ≤ ε (nats, for cross-entropy) around the weights at which it is attached."""
+    def ellipsoid(self, epsilon: float, *, outside: Literal["bound", "mean"] = "bound") -> "Ellipsoid":
+        """The displacements with ½ δᵀCδ ≤ ε (nats, for cross-entropy) around the weights at which it is attached.
+
+        `outside`: with what curvature unknown eigenvalues count (`curvlab.projector.ellipsoid`).
+        """
         from curvlab.projector import ellipsoid
 
-        return ellipsoid(self, epsilon)
+        return ellipsoid(self, epsilon, outside)
 
     def quadratic_form(self, delta: Matrices) -> Tensor:
         """δᵀCδ of the known eigenvalues, float64; stacks (R, …) give (R,)."""

@@ -279,8 +279,8 @@ def fit(config: Config, method: str, task: Task, head: nn.Module, seed: int) -> 
 def constrain(curvature: Any, constraint: str, values: tuple[float, ...]) -> list[Any]:
     """One constraint a value of γ or ε, all on one spectrum."""
     if isinstance(curvature, (GaussNewton, Hessian)):
-        # only as far down as needed; the ellipsoid bounds what lies below by the last eigenvalue found
-        most = max(values) if constraint == "null-space" else 0.98
+        # only as far down as needed; in the ellipsoid what lies below counts with its mean
+        most = max(values) if constraint == "null-space" else 0.95
         # an indefinite Hessian's energy lies in thousands of directions: there all of them are the cheaper way
         few = most <= 0.99 and not isinstance(curvature, Hessian)
         spectrum = curvature.spectrum(gamma=most if few else None)
@@ -288,7 +288,7 @@ def constrain(curvature: Any, constraint: str, values: tuple[float, ...]) -> lis
         spectrum = curvature.spectrum()
     if constraint == "null-space":
         return [spectrum.null_space(value) for value in values]
-    return [spectrum.ellipsoid(value) for value in values]
+    return [spectrum.ellipsoid(value, outside="mean") for value in values]
 
 
 def run_unit(config: Config, preset: Preset, unit: Unit, origin: Row) -> list[Row]:

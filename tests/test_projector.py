@@ -651,6 +651,28 @@ def test_truncated_bases_stay_feasible_for_the_true_curvature(r: int) -> None:
     assert_close(flat(list(layers), single).double(), x, 1e-4)
 
 
+def test_unknown_directions_may_count_with_their_mean() -> None:
+    full = dense(torch.arange(1.0, 25.0).flip(0), (LAYER,))  # 24 … 1
+    few = truncated(full, 6)
+    (block,) = few.blocks
+    assert block.mean_outside == pytest.approx(sum(range(1, 19)) / 18)
+    assert full.blocks[0].mean_outside == 0.0
+    for outside, weight in (("bound", 19.0), ("mean", 9.5)):
+        constraint = few.ellipsoid(0.01, outside=outside)  # type: ignore[arg-type]
+        assert constraint.blocks[0].floor == pytest.approx(weight)
+        U = block.basis.vectors  # type: ignore[union-attr]
+        C = U * block.values @ U.T + weight * (torch.eye(24) - U @ U.T)
+        x = flat([LAYER], constraint.confine(random_displacement([LAYER], 3)))
+        assert_close(0.5 * ((x @ C) * x).sum(1), torch.full((3,), 0.01), 1e-8)
+    # over a random direction the mean is right on average: its trace is that of the curvature
+    v = torch.randn(4000, 24)
+    U = block.basis.vectors  # type: ignore[union-attr]
+    model = (v @ U).square() @ block.values + 9.5 * (v - v @ U @ U.T).square().sum(1)
+    assert float(model.mean()) == pytest.approx(300.0, rel=0.02)
+    with pytest.raises(ValueError, match="outside must be"):
+        few.ellipsoid(0.01, outside="median")  # type: ignore[arg-type]
+
+
 def test_mixed_precision_keeps_the_dtype_of_the_displacement() -> None:
     constraint = factored()[2].ellipsoid(1e-3)
     delta = random_displacement(constraint.layers)
