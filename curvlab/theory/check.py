@@ -63,6 +63,7 @@ class Check:
         claim: its number in the ledger.
         name: the function that checked it.
         statement: what is claimed.
+        idea: why it should be so, and what the control is.
         source: where it is claimed.
         setting: what it was checked on.
         cases: the comparisons, the main one first.
@@ -73,6 +74,7 @@ class Check:
     claim: int
     name: str
     statement: str
+    idea: str
     source: str
     setting: str
     cases: tuple[Case, ...]
@@ -109,7 +111,8 @@ class Check:
             for case in self.cases
         ]  # fmt: skip
         return {
-            "claim": self.claim, "name": self.name, "statement": self.statement, "source": self.source,
+            "claim": self.claim, "name": self.name, "statement": self.statement, "idea": self.idea,
+            "source": self.source,
             "setting": self.setting, "measured": self.measured, "bound": self.bound, "verdict": self.verdict,
             "passed": self.passed, "seconds": self.seconds, "cases": cases, "series": self.series,
         }  # fmt: skip
@@ -151,7 +154,15 @@ class Claim(Generic[P]):
         if not found.cases:
             raise ValueError(f"{self.name} compared nothing: nothing in this setting meets its conditions")
         return Check(
-            self.number, self.name, self.statement, self.source, setting, tuple(found.cases), found.series, seconds
+            self.number,
+            self.name,
+            self.statement,
+            self.idea,
+            self.source,
+            setting,
+            tuple(found.cases),
+            found.series,
+            seconds,
         )
 
 

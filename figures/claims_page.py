@@ -1,0 +1,142 @@
+"""The page on every claim, and its figures, from the checks.json of `studies/verify_theory.py`; computes no result.
+
+python figures/claims_page.py results/verify_theory/checks.json
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from figures import cases
+from figures.cases import kind, ratio
+
+Row = dict[str, Any]
+Draw = Callable[[list[Row], Path], list[Path]]
+
+TITLES = {
+    1: "What the inputs cannot see, the GGN cannot see (Prop. 1)",
+    2: "The Bregman distance is ½ δᵀGδ, anywhere (Prop. 2)",
+    3: "The matrix-free projector is the projector (Prop. 3)",
+    4: "Fisher, GGN, and the empirical Fisher, which is neither",
+    5: "Bytes and operations that the paper and its reviews state",
+    6: "Arithmetic on the paper's tables",
+    7: "Sharp in few directions, flat in others",
+    8: "The sandwich: unseen ⊆ Null(A ⊗ S) ⊆ Null(G)",
+    9: "γ-approximate null spaces are not nested",
+    10: "What a γ guarantees",
+    11: "When K-FAC is exact, and in what EK-FAC is best",
+    12: "Piecewise-linear heads: the Hessian is the GGN",
+    13: "Which optimisers stay in the subspace",
+    14: "What layer-wise projection ignores",
+    15: "Does ½ δᵀCδ predict what is lost?",
+    16: "Sums and bases in low precision",
+    17: "Another capability set, and fewer examples",
+    18: "A cut, a budget, or a penalty",
+}
+FIGURES: dict[int, tuple[str, Draw]] = {}
+
+
+def verdict(rows: list[Row]) -> str:
+    """Over several settings: theirs where they agree."""
+    found = {row["verdict"] for row in rows}
+    return found.pop() if len(found) == 1 else "holds under conditions"
+
+
+def worst(rows: list[Row], what: str) -> tuple[Row, dict[str, Any]] | None:
+    """The case of a kind that came nearest to the wrong side of its bound, and the check it belongs to."""
+    own = [(row, case) for row in rows for case in row["cases"] if kind(case) == what]
+    if not own:
+        return None
+    return max(own, key=lambda pair: ratio(pair[1]) if what == "expected to hold" else -ratio(pair[1]))
+
+
+def number(value: float) -> str:
+    return f"{value:.3g}" if value else "0"
+
+
+def sentence(found: tuple[Row, dict[str, Any]]) -> str:
+    row, case = found
+    sign = {"<=": "≤", ">=": "≥"}[case["relation"]]
+    where = f" ({row['setting']})" if row["setting"] else ""
+    return f"{case['name']}: **{number(case['measured'])}**, bound {sign} {number(case['bound'])}{where}"
+
+
+def ledger(rows: list[Row]) -> str:
+    """One line a claim's function: verdict, settings, the case nearest to its bound."""
+    lines = ["| claim | checked | verdict | settings | nearest to its bound | as expected |", "|" + " --- |" * 6]
+    for name in dict.fromkeys(row["name"] for row in rows):
+        own = [row for row in rows if row["name"] == name]
+        found = worst(own, "expected to hold") or worst(own, "expected to fail")
+        assert found is not None
+        passed = "yes" if all(row["passed"] for row in own) else "**NO**"
+        nearest = sentence(found).replace("|", "\\|")
+        lines.append(
+            f"| {own[0]['claim']} | {name.replace('_', ' ')} | {verdict(own)} | {len(own)} | {nearest} | {passed} |"
+        )
+    return "\n".join(lines)
+
+
+def section(claim: int, rows: list[Row], pictures: list[Path]) -> str:
+    """A claim: its statements with the idea of their proofs, the numbers, the picture."""
+    parts = [f"## {claim}. {TITLES.get(claim, '')}"]
+    for name in dict.fromkeys(row["name"] for row in rows):
+        own = [row for row in rows if row["name"] == name]
+        first = own[0]
+        text = f"**{first['statement']}** *({first['source']}; {verdict(own)}, {len(own)} settings)*"
+        parts.append(text if len(own) > 1 else text.replace("1 settings", "1 setting"))
+        if first["idea"]:
+            parts.append(first["idea"])
+        lines = []
+        for what, label in (
+            ("expected to hold", "Nearest to its bound"),
+            ("expected to fail", "Fails, as expected"),
+            ("control, to be rejected", "Control, rejected"),
+        ):
+            found = worst(own, what)
+            if found is not None:
+                wrong = (
+                    ""
+                    if all(c["holds"] == c["should"] for r in own for c in r["cases"] if kind(c) == what)
+                    else (" **(not as expected)**")
+                )
+                lines.append(f"- {label}{wrong}: {sentence(found)}")
+        parts.append("\n".join(lines))
+    parts += [f"![Claim {claim}]({file.name})" for file in pictures if file.suffix == ".png"]
+    return "\n\n".join(parts)
+
+
+def write(rows: list[Row], folder: Path) -> Path:
+    """Draw every figure into `folder` and write claims.md there: the ledger, then a section a claim."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sections = []
+    for claim in sorted({row["claim"] for row in rows}):
+        own = [row for row in rows if row["claim"] == claim]
+        name, draw = FIGURES.get(claim, (f"claim_{claim:02}", cases.draw))
+        pictures = draw(own, folder / f"{name}.pdf") or cases.draw(own, folder / f"claim_{claim:02}.pdf")
+        sections.append(section(claim, own, pictures))
+    origin = rows[0].get("origin", {})
+    about = ", ".join(
+        f"{key} {origin[key]}" for key in ("preset", "dataset", "commit", "torch", "machine") if origin.get(key)
+    )
+    failed = sum(not row["passed"] for row in rows)
+    text = [
+        "# The claims of low-curvature editing, checked",
+        f"{len(rows)} checks, {failed} not as expected ({about}). A check holds its claim to a bound that was set "
+        'before measuring; controls are deliberately wrong variants that it must reject. "Holds under conditions": '
+        "some of the cases hold and some, as expected, do not.",
+        "## Ledger",
+        ledger(rows),
+        *sections,
+    ]
+    page = folder / "claims.md"
+    page.write_text("\n\n".join(text) + "\n")
+    return page
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    source = Path(sys.argv[1])
+    print(write(json.loads(source.read_text()), source.parent))
