@@ -389,7 +389,7 @@ def _null_block(block: Block, gamma: float | None, k: int | None) -> NullBlock:
         raise ValueError(short.format(block.floor))
     threshold = float(ordered[position])
     # eigenvalues that differ by rounding belong to one eigenspace
-    eps = torch.finfo(block.basis.like.dtype).eps
+    eps = max(torch.finfo(block.basis.like.dtype).eps, block.precision)
     tie = min(16 * eps * float(ordered[0]), 1e-3 * threshold)
     if block.floor > 0 and threshold - tie <= block.floor:
         raise ValueError(short.format(block.floor))

@@ -262,6 +262,8 @@ class Block:
         total: Σ|σ| over *all* eigenvalues, known or not (the trace, for a semi-definite curvature).
         total_error: its standard error, where it had to be estimated.
         floor: no unknown eigenvalue exceeds it in magnitude; 0 where all are known.
+        precision: unit of rounding of the statistics behind the values (a float64 decomposition of float32 sums
+            gives values of float32 precision); values that differ by no more are one eigenvalue.
     """
 
     basis: Basis
@@ -269,6 +271,7 @@ class Block:
     total: float
     total_error: float = 0.0
     floor: float = 0.0
+    precision: float = 0.0
 
     def __post_init__(self) -> None:
         if tuple(self.values.shape) != self.basis.shape:
@@ -333,7 +336,7 @@ class Spectrum:
         """Write to a safetensors file (eigenvectors, eigenvalues, and a JSON header)."""
         bases, header = pack_bases([block.basis for block in self.blocks])
         values = {f"{i}.values": block.values for i, block in enumerate(self.blocks)}
-        numbers = [(block.total, block.total_error, block.floor) for block in self.blocks]
+        numbers = [(block.total, block.total_error, block.floor, block.precision) for block in self.blocks]
         meta = {"bases": header, "numbers": json.dumps(numbers), "scaled": json.dumps(self.scaled)}
         save_tensors(path, "spectrum", bases | values, meta)
 

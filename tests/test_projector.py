@@ -15,10 +15,10 @@ from reference import assert_close, random_displacement
 from scipy.optimize import NonlinearConstraint, minimize
 from torch import Tensor
 
-from curvlab.curvature import KFAC, Covariance
+from curvlab.curvature import EKFAC, KFAC, Covariance
 from curvlab.curvature.kfac import Factors, kronecker_block
 from curvlab.layers import LayerShape, Matrices
-from curvlab.losses import Scale
+from curvlab.losses import Scale, SquaredError
 from curvlab.projector import Constraint, Ellipsoid, NullSpace, overlap, stack
 from curvlab.spectrum import Block, DenseBasis, KroneckerBasis, Spectrum, dense_spectrum
 
@@ -649,6 +649,21 @@ def test_truncated_bases_stay_feasible_for_the_true_curvature(r: int) -> None:
     assert_close(flat(list(layers), constraint.displacement(constraint.confine_coordinates(Z))), x)
     single = constraint.to(torch.float32).confine({name: Q.float() for name, Q in delta.items()})
     assert_close(flat(list(layers), single).double(), x, 1e-4)
+
+
+@pytest.mark.parametrize("gamma", [0.1, 0.3, 0.6, 0.9])
+def test_eigenspaces_stay_whole_under_the_rounding_of_single_precision_statistics(gamma: float) -> None:
+    """Squared error: each eigenvalue of A comes five times. The sums are float32, their decomposition float64."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5))
+    x, y = torch.randn(50, 3, 6), torch.zeros(50, 3, 5)
+    removed = {}
+    for dtype in (torch.float32, torch.float64):
+        arguments = (model.to(dtype), SquaredError(), [(x.to(dtype), y.to(dtype))], "0")
+        fits = (KFAC.fit(*arguments, labels="exact"), EKFAC.fit(*arguments, labels="exact"))
+        removed[dtype] = [fit.spectrum().null_space(gamma).removed for fit in fits]
+    assert removed[torch.float32] == removed[torch.float64]
+    assert all(count % 5 == 0 for count in removed[torch.float64])
 
 
 def test_unknown_directions_may_count_with_their_mean() -> None:

@@ -229,7 +229,9 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path) -> None:
 def test_truncated_and_unscaled_spectra_survive_a_file(tmp_path: Path) -> None:
     torch.manual_seed(0)
     blocks = (
-        Block(DenseBasis((LAYER,), orthonormal(24, 5)), torch.randn(5), 7.0, total_error=0.25, floor=0.125),
+        Block(
+            DenseBasis((LAYER,), orthonormal(24, 5)), torch.randn(5), 7.0, total_error=0.25, floor=0.125, precision=1e-7
+        ),
         Block(KroneckerBasis(LayerShape("v", 2, 3, True), None, orthonormal(3)), torch.rand(2, 3), 3.0),
     )
     for scaled in (False, True):
@@ -238,7 +240,7 @@ def test_truncated_and_unscaled_spectra_survive_a_file(tmp_path: Path) -> None:
         assert loaded.scaled == scaled
         assert loaded.layers == [LAYER, LayerShape("v", 2, 3, True)]
         for a, b in zip(loaded.blocks, blocks, strict=True):
-            assert (a.total, a.total_error, a.floor) == (b.total, b.total_error, b.floor)
+            assert (a.total, a.total_error, a.floor, a.precision) == (b.total, b.total_error, b.floor, b.precision)
             assert torch.equal(a.values, b.values)
             assert type(a.basis) is type(b.basis)
             assert a.basis.tensors().keys() == b.basis.tensors().keys()

@@ -112,7 +112,8 @@ class Covariance:
             if self.labels is not None:
                 values = values * (m.g_norm / m.scale.terms / m.layer.d_out)
             grid = values.expand(m.layer.d_out, -1)
-            blocks.append(Block(KroneckerBasis(m.layer, None, u_in), grid, float(grid.sum())))
+            precision = torch.finfo(m.A.dtype).eps
+            blocks.append(Block(KroneckerBasis(m.layer, None, u_in), grid, float(grid.sum()), precision=precision))
         return Spectrum(tuple(blocks), scaled=self.labels is not None)
 
     def save(self, path: str | Path) -> None:

@@ -85,7 +85,8 @@ class EKFAC:
         corrected = []
         for name, block in blocks.items():
             values = (sums[name].double() / terms).clamp_min(0)
-            corrected.append(Block(block.basis, values, float(values.sum())))
+            precision = torch.finfo(sums[name].dtype).eps
+            corrected.append(Block(block.basis, values, float(values.sum()), precision=precision))
         return cls(replace(spectrum, blocks=tuple(corrected)), labels)
 
     def spectrum(self) -> Spectrum:

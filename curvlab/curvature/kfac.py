@@ -248,14 +248,15 @@ def add_gram(total: Tensor, x: Tensor) -> None:
 def kronecker_block(layer: LayerShape, A: Tensor, S: Tensor, gamma: float | None, seed: int) -> Block:
     """A ⊗ S in its eigenbasis; with γ, only as far down as its null space needs."""
     total = float(A.diagonal().sum(dtype=torch.float64)) * float(S.diagonal().sum(dtype=torch.float64))
+    precision = torch.finfo(A.dtype).eps
     if gamma is not None:
         staircase = _staircase(layer, A.double(), S.double(), gamma * total, seed)
         if staircase is not None:
             basis, values, floor = staircase
-            return Block(basis, values, total, floor=floor)
+            return Block(basis, values, total, floor=floor, precision=precision)
     (values_out, u_out), (values_in, u_in) = (eigh(factor.double(), semidefinite=True) for factor in (S, A))
     values = values_out[:, None] * values_in[None, :]
-    return Block(KroneckerBasis(layer, u_out, u_in), values, float(values.sum()))
+    return Block(KroneckerBasis(layer, u_out, u_in), values, float(values.sum()), precision=precision)
 
 
 LANCZOS_FROM = 1024  # below, a full decomposition of a factor takes a fraction of a second
