@@ -16,11 +16,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal
 
 import joblib
+import pandas as pd
 import torch
 import torch.nn.functional as F
 import tyro
@@ -28,6 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from curvlab import theory
+from curvlab.curvature import KFAC
 from curvlab.data import ImagePair, load_pair, subset
 from curvlab.data.vision import ImageSet
 from curvlab.losses import CrossEntropy
@@ -35,6 +37,10 @@ from curvlab.models import MLP, pretrain
 from curvlab.records import Row, cached_rows, fingerprint, provenance
 from curvlab.storage import replacing
 from curvlab.theory import Check, Setting, random_setting
+from curvlab.theory.curvatures import FIVE
+from curvlab.theory.mismatch import take
+from curvlab.theory.setting import Kind
+from figures import claims_page
 
 Stage = Literal["random", "half-trained", "converged"]
 STAGES: tuple[Stage, ...] = ("random", "half-trained", "converged")
@@ -119,10 +125,13 @@ class Lab:
         train = self.pair.finetune_train
         return _batches(subset(train, min(n or self.preset.examples, len(train)), seed + 2000))
 
-    def trained(self, stage: Stage = "converged", activation: str = "tanh", n: int = 0, seed: int = 0) -> Setting:
-        """The small network on its capability set, all layers."""
-        model = self.network(stage, activation)
-        layers = tuple(f"fc{i + 1}" for i in range(self.preset.depth))
+    def trained(
+        self, stage: Stage = "converged", activation: str = "tanh", n: int = 0, seed: int = 0, depth: int = 0,
+        width: int = 0,
+    ) -> Setting:  # fmt: skip
+        """The small network, or one of another size, on its capability set, all layers."""
+        model = self.network(stage, activation, depth, width)
+        layers = tuple(f"fc{i + 1}" for i in range(depth or self.preset.depth))
         name = f"MLP {model.sizes}, {activation}, {stage}, {self.pair.name} 7 × 7, n = {n or self.preset.examples}"
         return Setting(name, model, CrossEntropy(), self.capability(n, seed), layers)
 
@@ -145,6 +154,11 @@ def _network(lab: Lab, stage: Stage, activation: str, depth: int, width: int) ->
 def small(x: Tensor) -> Tensor:
     """Images (N, 1, 28, 28) as 7 × 7 averages, (N, 49), float64."""
     return F.avg_pool2d(x.double(), 4).flatten(1)
+
+
+def classes(data: list[tuple[Tensor, Tensor]], start: int, stop: int) -> list[tuple[Tensor, Tensor]]:
+    """The examples labelled start … stop − 1."""
+    return [(x[kept], y[kept]) for x, y in data for kept in [(y >= start) & (y < stop)]]
 
 
 def _batches(images: ImageSet) -> list[tuple[Tensor, Tensor]]:
@@ -171,7 +185,400 @@ def claim_1(lab: Lab) -> Iterator[Check]:
     yield theory.inclusion_strict_or_equal.on(trained.name, trained.model, trained.data, last, classes=10)
 
 
-CLAIMS: dict[int, Callable[[Lab], Iterator[Check]]] = {1: claim_1}
+def claim_2(lab: Lab) -> Iterator[Check]:
+    """Prop. 2 on random models of every kind, on the small network at every stage of training, and with ReLU."""
+    tiny = lab.config.preset == "tiny"
+    for seed in lab.preset.seeds:
+        for kind, activation, loss in (
+            ("mlp", "gelu", "squared error"), ("conv", "tanh", "logistic"), ("sequence", "identity", "cross-entropy"),
+        )[: 1 if tiny else 3]:  # fmt: skip
+            setting = random_setting(kind, activation, loss, examples=6, width=4, seed=seed)  # type: ignore[arg-type]
+            yield theory.remainder_order.on(setting.name, *setting.arguments, seed=seed)
+            yield theory.loss_difference_is_linear.on(setting.name, *setting.arguments, seed=seed)
+            yield theory.bregman_is_kl.on(setting.name, *setting.arguments, seed=seed)
+        for kind in ("mlp", "conv")[: 1 if tiny else 2]:
+            setting = random_setting(kind, "relu", "cross-entropy", examples=6, width=4, seed=seed)  # type: ignore[arg-type]
+            yield theory.remainder_in_a_linear_region.on(setting.name, *setting.arguments, seed=seed)
+    for stage in STAGES:
+        for activation in ("tanh", "gelu") if lab.preset.thorough else ("tanh",):
+            setting = lab.trained(stage, activation)
+            yield theory.remainder_order.on(setting.name, *setting.arguments)
+            yield theory.loss_difference_is_linear.on(setting.name, *setting.arguments)
+            yield theory.bregman_is_kl.on(setting.name, *setting.arguments)
+        if stage == "converged" or not tiny:
+            setting = lab.trained(stage, "relu", n=20)
+            yield theory.remainder_in_a_linear_region.on(setting.name, *setting.arguments)
+
+
+def claim_3(lab: Lab) -> Iterator[Check]:
+    """Prop. 3 on factors of all shapes and ranks with repeated eigenvalues, and on factors of a trained network."""
+    spectra = {
+        (5, 4): ([3.0, 2.0, 2.0, 1.0, 0.0], [4.0, 1.0, 1.0, 0.0]), (1, 5): ([2.0], [3.0, 1.0, 1.0, 0.5, 0.0]),
+        (6, 1): ([3.0, 3.0, 1.0, 0.5, 0.0, 0.0], [2.0]), (4, 4): ([1.0, 1.0, 1.0, 1.0], [2.0, 1.0, 0.5, 0.5]),
+        (3, 7): ([1.0, 0.0, 0.0], [6.0, 3.0, 3.0, 2.0, 1.0, 1.0, 0.0]),
+    }  # fmt: skip
+    for seed in lab.preset.seeds:
+        for (d_in, d_out), (inner, outer) in spectra.items():
+            A, S = theory.random_factor(inner, 2 * seed), theory.random_factor(outer, 2 * seed + 1)
+            name = f"random factors, W {d_out} × {d_in}, repeated eigenvalues, seed {seed}"
+            yield theory.kronecker_projection.on(name, A, S)
+            yield theory.cut_inside_an_eigenspace.on(name, A, S)
+    trained = lab.trained(n=min(lab.preset.examples, 200))
+    kfac = KFAC.fit(trained.model, trained.loss, trained.data, "fc2", labels="exact").factors["fc2"]
+    yield theory.kronecker_projection.on(f"{trained.name}, fc2", kfac.A, kfac.S)
+
+
+def claim_4(lab: Lab) -> Iterator[Check]:
+    """Fisher and GGN on random models of every kind; the empirical Fisher while training, and on fitted targets."""
+    for seed in lab.preset.seeds:
+        for kind, activation, loss in (
+            ("mlp", "tanh", "cross-entropy"), ("conv", "relu", "squared error"), ("sequence", "gelu", "logistic"),
+        ):  # fmt: skip
+            setting = random_setting(kind, activation, loss, examples=8, width=4, seed=seed)  # type: ignore[arg-type]
+            yield theory.fisher_is_gauss_newton.on(setting.name, *setting.arguments)
+            if kind == "mlp" or lab.preset.thorough:
+                yield theory.sampled_fisher_converges.on(setting.name, *setting.arguments)
+        setting = random_setting("mlp", "tanh", "cross-entropy", examples=8, width=4, seed=seed)
+        last = setting.layers[-1]
+        yield theory.on_fitted_targets.on(setting.name, setting.model, setting.data, last)
+    for stage in STAGES:
+        many = lab.trained(stage, n={"tiny": 1000, "smoke": 2000, "default": 16000}[lab.config.preset])
+        layers = many.layers
+        yield theory.empirical_fisher_differs.on(many.name, *many.arguments[:3], layers[1:])
+        few = lab.trained(stage, n=min(lab.preset.examples, 100))
+        yield theory.fisher_is_gauss_newton.on(few.name, *few.arguments[:3], layers[1:])
+        yield theory.on_fitted_targets.on(few.name, few.model, few.data, layers[-1])
+    if lab.config.preset != "tiny":
+        few = lab.trained("random", n=20)
+        yield theory.while_fitting_targets.on(f"{few.name}, trained further", few.model, few.data, few.layers)
+
+
+def claim_5(lab: Lab) -> Iterator[Check]:
+    """Storage and cost: objects allocated at small shapes, then the published figures."""
+    yield theory.storage_of_a_projection.on("allocated at small shapes")
+    yield theory.operations_of_a_projection.on("counted at small shapes")
+    yield theory.published_storage_figures.on("paper and reviews, 4096 × 14336")
+
+
+def claim_6(lab: Lab) -> Iterator[Check]:
+    """Arithmetic on the paper's tables."""
+    for claim in (
+        theory.degradation_below_one_percent, theory.robust_to_gamma, theory.robust_to_sample_size,
+        theory.hundred_times_faster, theory.tops_editing, theory.review_quotes,
+    ):  # fmt: skip
+        yield claim.on("the paper's tables")
+    yield theory.differences_against_sampling_error.on("the paper's Table 1")
+
+
+def claim_7(lab: Lab) -> Iterator[Check]:
+    """Anisotropy of fc2 over training, for growing width; the bound holds where 1 % are more than a few directions."""
+    every, exact, neither = FIVE, ("hessian", "ggn", "covariance"), ("hessian", "covariance")
+    kronecker = ("ggn", "kfac", "ekfac")
+    plans: list[tuple[int, dict[Stage, tuple[tuple[str, ...], tuple[str, ...]]]]] = [
+        (lab.preset.width, {stage: (every, ()) for stage in STAGES})
+    ]  # width, and by stage: of which curvatures it is claimed, and expected
+    large: dict[Stage, tuple[tuple[str, ...], tuple[str, ...]]] = {
+        "random": (every, kronecker), "half-trained": (exact, ("ggn",)), "converged": (exact, ("ggn",)),
+    }  # fmt: skip
+    between, widest = ((32, 48), 64) if lab.preset.thorough else ((20,), 48)
+    if lab.config.preset != "tiny":
+        for width in between:
+            plans.append((width, {stage: (neither, ()) for stage in STAGES}))
+        plans.append((widest, large))
+    for width, stages in plans:
+        for stage, (of, sharp) in stages.items():
+            setting = lab.trained(stage, width=width)
+            arguments = (setting.model, setting.loss, setting.data, "fc2")
+            yield theory.few_directions_hold_the_energy.on(f"fc2 of {setting.name}", *arguments, of=of, sharp=sharp)
+    for seed in lab.preset.seeds:
+        for setting in (
+            random_setting("mlp", "tanh", "cross-entropy", examples=6, width=4, seed=seed),
+            random_setting("conv", "gelu", "logistic", examples=3, width=2, seed=seed),
+            random_setting("sequence", "tanh", "squared error", examples=3, width=4, seed=seed),
+        ):
+            arguments = (setting.model, setting.loss, setting.data, setting.layers[0])
+            yield theory.spectra_are_right.on(setting.name, *arguments)
+            yield theory.ekfac_is_never_sharper.on(setting.name, *arguments)
+    setting = lab.trained()
+    arguments = (setting.model, setting.loss, setting.data, "fc2")
+    yield theory.spectra_are_right.on(f"fc2 of {setting.name}", *arguments)
+    yield theory.ekfac_is_never_sharper.on(f"fc2 of {setting.name}", *arguments)
+
+
+def claim_8(lab: Lab) -> Iterator[Check]:
+    """The sandwich on random models and while training; counterexamples for each approximation of it."""
+    for seed in lab.preset.seeds:
+        for kind, activation, loss in (
+            ("mlp", "relu", "cross-entropy"), ("conv", "tanh", "logistic"), ("sequence", "gelu", "cross-entropy"),
+        ):  # fmt: skip
+            setting = random_setting(kind, activation, loss, examples=3, width=6, seed=seed)  # type: ignore[arg-type]
+            yield theory.sandwich.on(setting.name, *setting.arguments, seed=seed)
+    for stage in STAGES:
+        few = lab.trained(stage, n=20)
+        yield theory.sandwich.on(few.name, *few.arguments[:3], few.layers[1:])
+    for variant in theory.VARIANTS:
+        kind = "sequence" if variant == "reduce form" else "mlp"
+        makers = [
+            partial(random_setting, kind, "tanh", "cross-entropy", examples=2, width=6, depth=3, seed=seed)  # type: ignore[arg-type]
+            for seed in range(20)
+        ]
+        yield theory.sandwich_breaks.on(f"random {kind}, 2 examples, searched over seeds", variant, makers)
+
+
+def claim_9(lab: Lab) -> Iterator[Check]:
+    """Nesting of γ-null spaces on small random models and on fc2 of the trained network."""
+    for seed in lab.preset.seeds:
+        for setting in (
+            random_setting("mlp", "tanh", "cross-entropy", examples=8, width=4, seed=seed),
+            random_setting("mlp", "gelu", "squared error", examples=8, width=5, seed=seed),
+            random_setting("sequence", "tanh", "cross-entropy", examples=6, width=4, seed=seed),
+        ):
+            arguments = (setting.model, setting.loss, setting.data, setting.layers[0])
+            yield theory.approximate_null_spaces_nest.on(setting.name, *arguments)
+            yield theory.one_curvature_nests.on(setting.name, *arguments)
+            yield theory.overlap_is_the_share.on(setting.name, *arguments)
+    for stage in STAGES if lab.preset.thorough else ("random", "converged"):
+        setting = lab.trained(stage)
+        name, arguments = f"fc2 of {setting.name}", (setting.model, setting.loss, setting.data, "fc2")
+        yield theory.approximate_null_spaces_nest.on(name, *arguments)
+        yield theory.one_curvature_nests.on(name, *arguments)
+        yield theory.overlap_is_the_share.on(name, *arguments)
+
+
+def claim_10(lab: Lab) -> Iterator[Check]:
+    """The guarantee in its own curvature and in the GGN, on random models and before, during and after training."""
+    tiny = lab.config.preset == "tiny"
+    kinds: tuple[Kind, ...] = ("mlp",) if tiny else ("mlp", "conv", "sequence")
+    for seed in lab.preset.seeds:
+        for kind in kinds:
+            loss = "logistic" if kind == "conv" else "cross-entropy"
+            setting = random_setting(kind, "tanh", loss, examples=8, width=4, seed=seed)
+            yield theory.own_curvature_bound.on(setting.name, *setting.arguments)
+            yield theory.bound_in_the_ggn.on(setting.name, *setting.arguments)
+    for stage in STAGES[2:] if tiny else STAGES:
+        trained = lab.trained(stage, n=min(lab.preset.examples, 300))
+        layers = trained.layers if lab.preset.thorough else trained.layers[1:]
+        if stage == "converged":
+            yield theory.own_curvature_bound.on(trained.name, trained.model, trained.loss, trained.data, layers)
+        yield theory.bound_in_the_ggn.on(trained.name, trained.model, trained.loss, trained.data, layers)
+    found = [random_setting(kind, examples=8, width=4, seed=s) for kind in kinds for s in range(1 if tiny else 3)]
+    yield theory.bound_exceeded_in_the_ggn.on(f"clusters; random models: {len(found)}", settings=found)
+
+
+def claim_11(lab: Lab) -> Iterator[Check]:
+    """When K-FAC is exact, and EK-FAC as the best diagonal, on random models and while training."""
+    tiny = lab.config.preset == "tiny"
+    for seed in lab.preset.seeds:
+        for loss in ("cross-entropy", "squared error", "logistic") if not tiny else ("cross-entropy",):
+            one = random_setting("mlp", "gelu", loss, depth=3, seed=seed)
+            yield theory.kfac_exact_one_example.on(one.name, *one.arguments)
+        linear = random_setting("mlp", "identity", "squared error", depth=3, seed=seed)
+        yield theory.kfac_exact_shared_curvature.on(linear.name, linear.model, linear.data)
+        yield theory.kfac_exact_independent.on(f"five inputs × four curvatures, seed {seed}", seed=seed)
+        yield theory.kfac_with_shared_weights.on(f"deep linear, three positions, seed {seed}", seed=seed)
+        for kind in ("mlp", "conv", "sequence"):
+            setting = random_setting(kind, "tanh", seed=seed)
+            yield theory.ekfac_best_diagonal.on(setting.name, *setting.arguments)
+            yield theory.ekfac_best_diagonal.on(f"{setting.name}, data labels", *setting.arguments, labels="data")
+    for stage in STAGES[2:] if tiny else STAGES:
+        trained = lab.trained(stage, n=min(lab.preset.examples, 500))
+        yield theory.ekfac_best_diagonal.on(trained.name, *trained.arguments)
+
+
+def claim_12(lab: Lab) -> Iterator[Check]:
+    """Piecewise-linear heads of every kind; smooth ones while training."""
+    for seed in lab.preset.seeds:
+        for kind, activation, loss in (
+            ("mlp", "relu", "cross-entropy"), ("conv", "relu", "logistic"), ("sequence", "relu", "squared error"),
+            ("conv", "identity", "cross-entropy"),
+        ):  # fmt: skip
+            setting = random_setting(kind, activation, loss, examples=6, width=4, seed=seed)  # type: ignore[arg-type]
+            yield theory.piecewise_linear_head.on(setting.name, *setting.arguments)
+    trained = lab.trained(activation="relu", n=60)
+    yield theory.piecewise_linear_head.on(trained.name, *trained.arguments[:3], trained.layers[1:])
+    for activation in ("tanh", "gelu") if lab.preset.thorough else ("tanh",):
+        stages: dict[str, Setting] = {stage: lab.trained(stage, activation) for stage in STAGES}
+        name = stages["random"].name.replace(", random", "")
+        yield theory.smooth_head.on(f"{name}, over training", stages)
+
+
+def claim_13(lab: Lab) -> Iterator[Check]:
+    """Random models of every kind, then descent on the other images over γ."""
+    for seed in lab.preset.seeds:
+        for kind, activation, loss in (
+            ("mlp", "tanh", "cross-entropy"), ("conv", "relu", "squared error"), ("sequence", "gelu", "logistic"),
+        ):  # fmt: skip
+            own, other = (
+                random_setting(kind, activation, loss, examples=6, width=4, seed=2 * seed + i)  # type: ignore[arg-type]
+                for i in (0, 1)
+            )
+            yield theory.descent_in_the_null_space.on(own.name, own.model, own.loss, own.data, other.data, own.layers)
+    n = min(300, lab.preset.examples)
+    trained, layers = lab.trained(n=n), ("fc2",)
+    name = f"{trained.name}, fc2"
+    gammas = ((), (0.5, 0.99), (0.5, 0.9, 0.99), (0.3, 0.5, 0.7, 0.9, 0.99, 0.999))[len(lab.preset.seeds)]
+    for curvature in ("kfac", "ggn") if len(lab.preset.seeds) > 1 else ("kfac",):
+        for gamma in gammas:
+            for seed in lab.preset.seeds if lab.preset.thorough else (0,):
+                yield theory.descent_in_the_null_space.on(
+                    name, trained.model, trained.loss, trained.data, lab.edits(n, seed), layers,
+                    gamma=gamma, curvature=curvature, steps=10 if len(lab.preset.seeds) > 1 else 4,
+                )  # fmt: skip
+    for gamma in (0.9, 0.99):
+        yield theory.leaking_costs_curvature.on(
+            trained.name, trained.model, trained.loss, trained.data, lab.edits(n), trained.layers, gamma=gamma
+        )
+
+
+def claim_14(lab: Lab) -> Iterator[Check]:
+    """Coupling of layers for growing depth and width; null spaces of layers put together."""
+    W, tiny = lab.preset.width, lab.config.preset == "tiny"
+    depths, widths = ((2, 3), (4,)) if tiny else ((2, 3, 6), (4, 20)) if W < 16 else ((2, 3, 4, 6), (4, 32))
+    stages: tuple[Stage, ...] = STAGES if lab.preset.thorough else ("random", "converged")
+    for stage in stages:
+        for depth, width in [(depth, W) for depth in depths] + [(3, width) for width in widths]:
+            setting = lab.trained(stage, depth=depth, width=width)
+            yield theory.coupling_is_bounded.on(setting.name, *setting.arguments)
+            if (stage == "random" and depth > 2) or (stage == "converged" and depth == 6):
+                yield theory.layers_do_not_interact.on(setting.name, *setting.arguments)
+            elif stage == "converged" and width == 4:  # a narrow, shallow, trained network: there it is negligible
+                yield theory.layers_do_not_interact.on(setting.name, *setting.arguments, should=True)
+            if width == W and stage != "half-trained" and depth in ((2,) if tiny else (3, 6)):
+                for gamma in (0.9, 0.99) if lab.preset.thorough and depth == 3 else (0.9,):
+                    name = f"{setting.name}, γ = {gamma}"
+                    yield theory.layerwise_projection_keeps_more.on(name, *setting.arguments, gamma=gamma)
+    for seed in lab.preset.seeds:
+        for setting in (
+            random_setting("mlp", "tanh", "cross-entropy", examples=6, width=4, depth=3, seed=seed),
+            random_setting("conv", "relu", "logistic", examples=3, width=2, seed=seed),
+            random_setting("sequence", "gelu", "squared error", examples=3, width=4, depth=2, seed=seed),
+        ):
+            yield theory.exact_null_spaces_combine.on(setting.name, *setting.arguments)
+            yield theory.curvatures_add_up_to_a_factor.on(setting.name, *setting.arguments)
+            yield theory.layerwise_projection_keeps_more.on(setting.name, *setting.arguments)
+    if not tiny:
+        setting = lab.trained()
+        yield theory.exact_null_spaces_combine.on(setting.name, *setting.arguments)
+        yield theory.curvatures_add_up_to_a_factor.on(setting.name, *setting.arguments)
+
+
+def claim_15(lab: Lab) -> Iterator[Check]:
+    """Random smooth models at small steps; real edits of one layer and of all, at a minimum and away from it."""
+    for seed in lab.preset.seeds:
+        for kind, activation, loss in (
+            ("mlp", "tanh", "cross-entropy"), ("mlp", "gelu", "squared error"), ("sequence", "tanh", "logistic"),
+        ):  # fmt: skip
+            setting = random_setting(kind, activation, loss, examples=6, width=4, seed=seed)  # type: ignore[arg-type]
+            yield theory.small_steps_are_predicted.on(setting.name, *setting.arguments, seed=seed)
+    for stage in ("converged", "random"):
+        trained = lab.trained(stage)
+        for layers in (("fc2",), trained.layers):
+            for seed in lab.preset.seeds if lab.preset.thorough else (0,):
+                yield theory.prediction_along_edits.on(
+                    f"{trained.name}, {', '.join(layers)}", trained.model, trained.loss, trained.data,
+                    lab.edits(seed=seed), layers, converged=stage == "converged", seed=seed,
+                )  # fmt: skip
+
+
+def claim_16(lab: Lab) -> Iterator[Check]:
+    """Round-off on the CPU: sums of products, eigenvalues, stored bases; exact arithmetic for the library's sums."""
+    shape = {"tiny": (512, 2048), "smoke": (1024, 3584), "default": (4096, 14336)}[lab.config.preset]
+    yield theory.float32_energy.on(f"{shape[0]} × {shape[1]} products, CPU", shape=shape)
+    long = 512 if lab.preset.thorough else 64
+    spike, steps = [4096] + [1] * (long - 1), list(range(long, 0, -1))
+    yield theory.library_energy_is_exact.on("a spike and ones", outer=spike[: long // 2], inner=spike)
+    yield theory.library_energy_is_exact.on("all sizes", outer=steps[: long // 4], inner=steps)
+    for seed in lab.preset.seeds:
+        yield theory.eigenvalues_below_zero.on(f"rank 16 of 64, CPU, seed {seed}", seed=seed)
+        yield theory.bfloat16_bases.on(f"12 × 20, γ = 0.9, seed {seed}", seed=seed)
+
+
+def claim_17(lab: Lab) -> Iterator[Check]:
+    """Capability sets that are small or others, for fc2 at the start and the end of training; ignored positions."""
+    total = lab.preset.train
+    sizes = [n for n in (10, 30, 100, 300, 1000, 3000) if n < total / 2] + [total // 2]
+    tiny = lab.config.preset == "tiny"
+    stages: tuple[Stage, ...] = ("converged",) if tiny else ("random", "converged")
+    for stage in stages:
+        setting = lab.trained(stage, n=total)
+        whole = setting.data
+        arguments = (setting.model, setting.loss, whole)
+        low, high, other = classes(whole, 0, 5), classes(whole, 5, 10), lab.edits(total)
+        samples = [(f"the first {n}", take(whole, n)) for n in (sizes[::3] if tiny else sizes)]
+        samples += [("classes 0 to 4", low), ("classes 5 to 9", high), ("the other task", other)]
+        for label, sample in samples:
+            name = f"fc2 of {setting.name}; curvature from {label}"
+            yield theory.no_estimate_beats_the_whole_set.on(name, *arguments, sample, "fc2")
+        name = f"fc2 of {setting.name}; curvature from classes 0 to 4, for 5 to 9"
+        yield theory.no_estimate_beats_the_whole_set.on(name, setting.model, setting.loss, high, low, "fc2")
+        name = f"fc2 of {setting.name}; curvature from half"
+        yield theory.sample_is_as_good.on(name, *arguments, take(whole, total // 2), "fc2")
+        if stage == "converged":  # ten examples are not enough; half of the classes are, for the GGN
+            name = f"fc2 of {setting.name}; curvature from"
+            yield theory.sample_is_as_good.on(f"{name} ten", *arguments, take(whole, 10), "fc2", enough=())
+            yield theory.sample_is_as_good.on(f"{name} classes 0 to 4", *arguments, low, "fc2", of=("ggn",))
+            if lab.pair.name == "mnist" and not tiny:
+                yield theory.sample_is_as_good.on(f"{name} Fashion-MNIST", *arguments, other, "fc2", enough=())
+    for seed in lab.preset.seeds:
+        for setting in (
+            random_setting("mlp", "tanh", "cross-entropy", examples=8, width=4, seed=seed),
+            random_setting("conv", "gelu", "logistic", examples=4, width=2, seed=seed),
+            random_setting("sequence", "tanh", "squared error", examples=4, width=4, seed=seed),
+        ):
+            parts = (setting.model, setting.loss, setting.data, setting.layers[0])
+            yield theory.samples_underestimate_boundedly.on(setting.name, *parts, n=2)
+        setting = random_setting("sequence", "tanh", "cross-entropy", examples=2, width=9, depth=3, seed=seed)
+        for layer in setting.layers:
+            last = layer == setting.layers[-1]
+            name = f"{layer} of {setting.name}, first label ignored"
+            yield theory.labelled_inputs_suffice.on(name, setting.model, setting.data, layer, should=last)
+            if not last:
+                yield theory.ignored_positions_count.on(name, setting.model, setting.data, layer)
+
+
+def claim_18(lab: Lab) -> Iterator[Check]:
+    """The projection, the quadratic problem, a budget in nats, the kinds of constraint, and the paper's Fig. 2."""
+    for seed in lab.preset.seeds:
+        setting = random_setting("mlp", "tanh", "cross-entropy", examples=6, width=4, seed=seed)
+        for curvature in ("kfac", "ggn", "ekfac", "covariance", "hessian"):
+            yield theory.confining_is_nearest.on(setting.name, *setting.arguments, curvature=curvature, seed=seed)
+        for size, rank in ((6, None), (12, 7)) if lab.preset.thorough else ((6, 4),):
+            problem = theory.random_problem(size, seed, rank)
+            name = f"random quadratic problem, {size} parameters, rank {rank or size}, seed {seed}"
+            yield theory.projected_descent_on_a_quadratic.on(name, *problem)
+            yield theory.budget_beats_cut_in_its_own_model.on(name, *problem[:3])
+    trained, effort = lab.trained(), len(lab.preset.seeds)
+    yield theory.two_parameter_slice.on(
+        trained.name,
+        trained.model,
+        trained.loss,
+        trained.data,
+        lab.edits(),
+        trained.layers,
+        grid=(0, 9, 21, 31)[effort],
+    )
+    for curvature in ("kfac", "ggn") if lab.preset.thorough else ("kfac",):
+        yield theory.budget_in_measured_nats.on(
+            trained.name, trained.model, trained.loss, trained.data, lab.edits(), trained.layers,
+            curvature=curvature, steps=(0, 20, 40, 40)[effort],
+        )  # fmt: skip
+        regimes: list[tuple[str, int, tuple[str, ...], float | None]] = [("few edits", 8, trained.layers, 0.3)]
+        if effort > 1:
+            regimes.append(("many edits", 0, ("fc2",), None))
+        for regime, n, layers, damping in regimes:
+            yield theory.learning_at_equal_kl.on(
+                f"{trained.name}, {', '.join(layers)}, {regime}", trained.model, trained.loss, trained.data,
+                [lab.edits(n, seed) for seed in (lab.preset.seeds if lab.preset.thorough else (0,))], layers,
+                curvature=curvature, regime=f"{regime}, {', '.join(layers)}", damping=damping,
+                knobs=(0, 5, 6, 8)[effort], steps=(0, 25, 40, 40)[effort],
+            )  # fmt: skip
+
+
+CLAIMS: dict[int, Callable[[Lab], Iterator[Check]]] = {
+    1: claim_1, 2: claim_2, 3: claim_3, 4: claim_4, 5: claim_5, 6: claim_6, 7: claim_7, 8: claim_8, 9: claim_9,
+    10: claim_10, 11: claim_11, 12: claim_12, 13: claim_13, 14: claim_14, 15: claim_15, 16: claim_16, 17: claim_17,
+    18: claim_18,
+}  # fmt: skip
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------
@@ -180,6 +587,25 @@ CLAIMS: dict[int, Callable[[Lab], Iterator[Check]]] = {1: claim_1}
 def run_claim(config: Config, number: int) -> list[Row]:
     torch.set_num_threads(1)  # the same numbers whatever the number of processes
     return [check.row() for check in CLAIMS[number](Lab(config, PRESETS[config.preset]))]
+
+
+def summary(rows: list[Row]) -> pd.DataFrame:
+    """One line a claim's function: verdict over its settings, its most telling number, seconds."""
+    lines = []
+    for name in dict.fromkeys(row["name"] for row in rows):
+        own = [row for row in rows if row["name"] == name]
+        found = claims_page.worst(own, "expected to hold") or claims_page.worst(own, "expected to fail")
+        assert found is not None
+        _, case = found
+        lines.append(
+            {
+                "claim": own[0]["claim"], "checked": name.replace("_", " "), "verdict": claims_page.verdict(own),
+                "settings": len(own), "measured": f"{case['measured']:.3g}",
+                "bound": f"{case['relation']} {case['bound']:.3g}", "seconds": f"{sum(r['seconds'] for r in own):.1f}",
+                "as expected": "yes" if all(r["passed"] for r in own) else "NO",
+            }
+        )  # fmt: skip
+    return pd.DataFrame(lines)
 
 
 def main(config: Config) -> None:
@@ -194,8 +620,8 @@ def main(config: Config) -> None:
     if pair.note:
         print(f"\n*** {pair.note} ***\n", flush=True)
     numbers = list(config.claims) or sorted(CLAIMS)
-    origin = provenance() | pair.provenance() | {"threads": 1}
-    folder = config.out / "units" / fingerprint(origin | asdict(PRESETS[config.preset]) | {"preset": config.preset})
+    origin = provenance() | pair.provenance() | {"threads": 1, "preset": config.preset}
+    folder = config.out / "units" / fingerprint(origin | asdict(PRESETS[config.preset]))
     jobs = 1 if config.preset == "tiny" and not config.jobs else min(config.jobs or os.cpu_count() or 1, len(numbers))
 
     def finish(number: int) -> list[Row]:
@@ -204,16 +630,21 @@ def main(config: Config) -> None:
     with joblib.parallel_config(backend="loky" if jobs > 1 else "sequential", n_jobs=jobs):
         calls = joblib.Parallel(return_as="generator")(joblib.delayed(finish)(number) for number in numbers)
         rows = [row for found in tqdm(calls, desc="claims", total=len(numbers), disable=None) for row in found]
+    rows = [row | {"origin": origin} for row in rows]
     with replacing(config.out / "checks.json") as temporary:
-        temporary.write_text(json.dumps([row | {"origin": origin} for row in rows], indent=1, ensure_ascii=False))
+        temporary.write_text(json.dumps(rows, indent=1, ensure_ascii=False))
+    page = claims_page.write(rows, config.out)
+    print(summary(rows).to_string(index=False))
     failed = [row for row in rows if not row["passed"]]
     for row in failed:
-        print(f"FAILED claim {row['claim']}, {row['name']}, on {row['setting']}")
+        print(f"\nFAILED: claim {row['claim']}, {row['name']}, on {row['setting']}")
         for case in row["cases"]:
             if case["holds"] != case["should"]:
-                print(f"    {case['name']}: {case['measured']:.3g}, bound {case['relation']} {case['bound']:.3g}")
-    print(f"{len(rows)} checks, {len(failed)} failed, {(time.perf_counter() - started) / 60:.1f} min")
-    print(f"results: {config.out / 'checks.json'}")
+                expected = "should hold" if case["should"] else "should be rejected"
+                print(f"    {case['name']}: {case['measured']:.3g} {case['relation']} {case['bound']:.3g} {expected}")
+    minutes = (time.perf_counter() - started) / 60
+    print(f"\n{len(rows)} checks, {len(failed)} not as expected, {minutes:.1f} min")
+    print(f"results: {config.out / 'checks.json'}\nledger, page and figures: {page}")
     if failed:
         sys.exit(1)
 

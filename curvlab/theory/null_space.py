@@ -28,6 +28,8 @@ def null_space_inclusion(
     cases, series = [], {}
     for layer in find_layers(model, layers):
         null, rank = _unseen(model, layer, data)
+        if not rank:  # no input at all: every unit below is dead
+            continue
         G = GaussNewton.fit(model, loss, data, layer.name)
         dense = G.dense("rows")
         bound = roundoff(dense.dtype, layer.size)

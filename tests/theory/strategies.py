@@ -1,9 +1,23 @@
 """Random settings for property tests: architecture, activation, loss, sizes, dtype and seed all drawn."""
 
+import os
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from curvlab.theory import LOSSES, Setting, random_setting
+
+# CURVLAB_TEST_EFFORT=50 pytest tests/theory: a thorough run for a night, other random cases each time
+EFFORT = int(os.environ.get("CURVLAB_TEST_EFFORT", "1"))
+
+
+def cases(n: int) -> Callable[[Any], Any]:
+    """How many random cases a property test takes; the same ones each time, unless thorough."""
+    return settings(max_examples=n * EFFORT, derandomize=EFFORT == 1)
+
 
 KINDS = ("mlp", "conv", "sequence")
 
