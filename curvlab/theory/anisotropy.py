@@ -14,7 +14,7 @@ from curvlab.models import MLP
 from curvlab.spectrum import KroneckerBasis, Spectrum
 from curvlab.theory import explicit
 from curvlab.theory.check import Case, Findings, claim, control, relative, roundoff
-from curvlab.theory.curvatures import FIVE, dense, five_matrices, five_spectra
+from curvlab.theory.curvatures import FIVE, five_matrices, five_spectra, matrix
 
 DENSE = 1600  # parameters up to which the whole spectrum is computed; above, what the Hessian's and GGN's top needs
 
@@ -128,9 +128,9 @@ def spectra_are_right(model: nn.Module, loss: Loss, data: Any, layer: str) -> Fi
         if float(C.abs().max()) == 0:
             continue
         bound = roundoff(C.dtype, len(C))
-        cases.append(Case(f"{name}: ‖U diag(σ) Uᵀ − C‖ / ‖C‖", relative(dense(spectra[name]), C), bound))
+        cases.append(Case(f"{name}: ‖U diag(σ) Uᵀ − C‖ / ‖C‖", relative(matrix(spectra[name]), C), bound))
         if name == "ggn":
-            cases.append(control("twice the GGN", relative(dense(spectra[name]), 2 * C), bound))
+            cases.append(control("twice the GGN", relative(matrix(spectra[name]), 2 * C), bound))
     return Findings(cases)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from curvlab.layers import LayerShape, Matrices, find_layers, unflatten
 from curvlab.losses import Loss
 from curvlab.spectrum import KroneckerBasis, Spectrum
-from curvlab.theory import spectra
+from curvlab.theory import curvatures
 from curvlab.theory.check import Case, Findings, claim, control
 from curvlab.theory.paths import Measures, descend, flat, gradient
 
@@ -67,7 +67,7 @@ def budget_in_measured_nats(
         step: length of the first step over ‖W‖.
     """
     measures, names, rate = _start(model, loss, data, edits, layers, step)
-    spectrum = spectra.fitted(curvature, model, loss, data, layers)
+    spectrum = curvatures.fitted(curvature, model, loss, data, layers)
 
     def measure(epsilon: float) -> float:
         return measures(descend(model, loss, edits, names, spectrum.ellipsoid(epsilon), rate, steps)[-1])["distance"]
@@ -109,7 +109,7 @@ def learning_at_equal_kl(
         regime: a name for the size of the edits.
         damping: added to all eigenvalues, as a multiple of the largest; None leaves those cases out.
     """
-    spectrum = spectra.fitted(curvature, model, loss, data, layers)
+    spectrum = curvatures.fitted(curvature, model, loss, data, layers)
     top = max(float(block.magnitudes.max()) for block in spectrum.blocks)
     used = {"": spectrum}
     if damping is not None:

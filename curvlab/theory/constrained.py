@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from curvlab.layers import find_layers, flatten, unflatten
 from curvlab.losses import Loss
 from curvlab.spectrum import Spectrum
-from curvlab.theory import spectra
+from curvlab.theory import curvatures
 from curvlab.theory.check import Case, Findings, claim, control, relative, roundoff
 
 
@@ -71,9 +71,9 @@ def confining_is_nearest(
         share: ε over ½ tᵀCt of the random displacement t that is confined.
     """
     found = find_layers(model, layers)
-    spectrum = spectra.fitted(curvature, model, loss, data, layers)
+    spectrum = curvatures.fitted(curvature, model, loss, data, layers)
     magnitudes = Spectrum(tuple(replace(block, values=block.magnitudes) for block in spectrum.blocks))
-    C = spectra.matrix(magnitudes)
+    C = curvatures.matrix(magnitudes)
     generator = torch.Generator().manual_seed(seed)
     t = torch.randn(len(C), generator=generator, dtype=torch.float64)
     whole = float(t @ C @ t) / 2

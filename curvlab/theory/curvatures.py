@@ -1,8 +1,9 @@
-"""The five curvatures of one layer, twice: as the library has them, and as matrices in full from plain computations.
+"""The five curvatures twice: as the library has them, and as matrices in full from plain computations.
 
 The matrices are in the layout "rows", in which K-FAC reads S ⊗ A.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,29 +13,34 @@ from curvlab.curvature import EKFAC, KFAC, Covariance, GaussNewton, Hessian
 from curvlab.layers import LayerShape, find_layers, flatten, unflatten
 from curvlab.losses import Loss
 from curvlab.projector import NullSpace
-from curvlab.spectrum import KroneckerBasis, Spectrum
+from curvlab.spectrum import Block, KroneckerBasis, Spectrum
 from curvlab.theory import explicit
 from curvlab.theory.factors import kfac_factors
 
 FIVE = ("hessian", "ggn", "kfac", "ekfac", "covariance")
 
 
-def five_spectra(
-    model: nn.Module, loss: Loss, data: Any, layer: str, leading: int | None = None
-) -> dict[str, Spectrum]:
-    """The library's spectra of one layer, with labels in full, by the names of `FIVE`.
+def fitted(
+    name: str, model: nn.Module, loss: Loss, data: Any, layers: str | Sequence[str], leading: int | None = None
+) -> Spectrum:
+    """One of the `FIVE`, labels in full; the covariance is scaled by tr(S)/d_out.
 
     Args:
         leading: only so many eigenpairs of the Hessian and the GGN, from products.
     """
-    kfac = KFAC.fit(model, loss, data, layer, labels="exact")
-    return {
-        "hessian": Hessian.fit(model, loss, data, layer).spectrum(k=leading),
-        "ggn": GaussNewton.fit(model, loss, data, layer).spectrum(k=leading),
-        "kfac": kfac.spectrum(),
-        "ekfac": EKFAC.fit(model, loss, data, layer, labels="exact", kfac=kfac).spectrum(),
-        "covariance": Covariance.fit(model, loss, data, layer).spectrum(),
-    }
+    if name in ("hessian", "ggn"):
+        exact = Hessian if name == "hessian" else GaussNewton
+        return exact.fit(model, loss, data, layers).spectrum(k=leading)
+    approximate: dict[str, Any] = {"kfac": KFAC, "ekfac": EKFAC, "covariance": Covariance}
+    spectrum: Spectrum = approximate[name].fit(model, loss, data, layers, labels="exact").spectrum()
+    return spectrum
+
+
+def five_spectra(
+    model: nn.Module, loss: Loss, data: Any, layer: str, leading: int | None = None
+) -> dict[str, Spectrum]:
+    """All of the `FIVE` of one layer, as `fitted` has them."""
+    return {name: fitted(name, model, loss, data, layer, leading) for name in FIVE}
 
 
 def five_matrices(model: nn.Module, loss: Loss, data: Any, layer: str, basis: KroneckerBasis) -> dict[str, Tensor]:
@@ -54,20 +60,45 @@ def five_matrices(model: nn.Module, loss: Loss, data: Any, layer: str, basis: Kr
         "ggn": G,
         "kfac": torch.kron(S, A),
         "ekfac": (U * (U.mT @ G @ U).diagonal()) @ U.mT,
-        "covariance": torch.kron(torch.eye(chosen.d_out).to(A), A),
+        "covariance": torch.kron(torch.eye(chosen.d_out).to(A), A) * (S.trace() / chosen.d_out),
     }
 
 
-def dense(spectrum: Spectrum) -> Tensor:
-    """U diag(σ) Uᵀ of a spectrum of one block whose eigenvectors are all known (p, p)."""
-    (block,) = spectrum.blocks
-    eye = torch.eye(block.basis.size).to(block.basis.like)
-    Z = block.basis.rotate(unflatten(block.basis.layers, eye))
-    return flatten(block.basis.layers, block.basis.rotate_back(Z * block.values.to(Z)))
+def eigenvectors(block: Block) -> Tensor:
+    """All eigenvectors of a block as columns (p, p), float64, in the order of `values.flatten()`."""
+    basis = block.basis
+    if not isinstance(basis, KroneckerBasis):
+        return basis.vectors.double()
+    u_in = basis.u_in.double()
+    u_out = torch.eye(basis.layer.d_out, dtype=u_in.dtype) if basis.u_out is None else basis.u_out.double()
+    return torch.kron(u_out.contiguous(), u_in.contiguous())
+
+
+def matrix(spectrum: Spectrum) -> Tensor:
+    """U diag(σ) Uᵀ of a spectrum whose eigenvectors are all known (p, p), float64, block after block."""
+    parts = [(eigenvectors(block), block.values.double().flatten()) for block in spectrum.blocks]
+    return torch.block_diag(*[(U * values) @ U.mT for U, values in parts])
+
+
+def cut(spectrum: Spectrum, gamma: float) -> Tensor:
+    """P_γ (p, p) in full, from the definition: I − Σ uuᵀ over the fewest leading eigenvectors with γ of each Σ|σ|.
+
+    Eigenvalues that differ from the last of them by rounding are removed with it.
+    """
+    parts = []
+    for block in spectrum.blocks:
+        U, sizes = eigenvectors(block), block.values.double().flatten().abs()
+        ordered = sizes.sort(descending=True).values
+        k = int((ordered.cumsum(0) < gamma * ordered.sum()).sum())  # so many do not suffice
+        eps = max(torch.finfo(block.basis.like.dtype).eps, block.precision)
+        tie = min(16 * eps * float(ordered[0]), 1e-3 * float(ordered[k]))
+        gone = U[:, (sizes >= ordered[k] - tie) & (sizes > 0)]
+        parts.append(torch.eye(len(U), dtype=U.dtype) - gone @ gone.mT)
+    return torch.block_diag(*parts)
 
 
 def projector(null: NullSpace) -> Tensor:
-    """P of a null space (p, p), float64, from its projections of all unit vectors."""
+    """P of the library's null space (p, p), float64, from its projections of all unit vectors."""
     layers: list[LayerShape] = null.layers
     eye = torch.eye(null.dimensions, dtype=torch.float64)
     return flatten(layers, null.to(torch.float64).project(unflatten(layers, eye)))

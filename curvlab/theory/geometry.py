@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from curvlab.curvature import GaussNewton
 from curvlab.layers import find_layers
 from curvlab.losses import Loss
-from curvlab.theory import spectra
+from curvlab.theory import curvatures
 from curvlab.theory.check import Case, Findings, claim, control
 from curvlab.theory.paths import Measures, flat, gradient
 
@@ -37,8 +37,8 @@ def two_parameter_slice(
     found = find_layers(model, layers)
     fit = GaussNewton.fit(model, loss, data, layers).spectrum()
     (block,) = fit.blocks
-    U, values = spectra.eigenvectors(block), block.values.double()
-    P, W = spectra.projector(fit, gamma), float(flat(found).norm())
+    U, values = curvatures.eigenvectors(block), block.values.double()
+    P, W = curvatures.cut(fit, gamma), float(flat(found).norm())
     g = gradient(model, loss, edits, found).double()
     flat_part = P @ g
     sharp = U[:, int((values * (U.mT @ (g - flat_part)).square()).argmax())]
@@ -79,7 +79,7 @@ def two_parameter_slice(
         for name, along in (("raw", slice(0, 2)), ("projected", slice(1, 2)))
     }
     quotients = {
-        str(other): kl["raw"] / after(-spectra.projector(fit, other) @ g, measures, "distance")
+        str(other): kl["raw"] / after(-curvatures.cut(fit, other) @ g, measures, "distance")
         for other in (0.5, 0.9, 0.99, 0.999)
     }
     series = {

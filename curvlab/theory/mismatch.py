@@ -13,7 +13,7 @@ from curvlab.projector import NullSpace, overlap
 from curvlab.spectrum import Spectrum
 from curvlab.theory import explicit
 from curvlab.theory.check import Case, Findings, claim, control, roundoff
-from curvlab.theory.curvatures import dense, projector
+from curvlab.theory.curvatures import matrix, projector
 from curvlab.theory.factors import kfac_factors
 
 ESTIMATES = ("ggn", "kfac", "covariance")
@@ -119,12 +119,12 @@ def samples_underestimate_boundedly(model: nn.Module, loss: Loss, data: Any, lay
         size = float(torch.linalg.matrix_norm(C, 2))
         if size == 0:
             continue
-        part = dense(_spectrum(name, model, loss, sample, layer)).double()
+        part = matrix(_spectrum(name, model, loss, sample, layer)).double()
         excess = _top(part - factors[name] * C) / (factors[name] * size)
         bound = roundoff(explicit.zero([chosen]).dtype, len(C))
         cases.append(Case(f"{name}: largest eigenvalue of C_n − factor · C_N", excess, bound))
         if name == "ggn" and 0 < n < count:
-            other = dense(_spectrum(name, model, loss, rest, layer)).double()
+            other = matrix(_spectrum(name, model, loss, rest, layer)).double()
             wrong = max(_top(part - C), _top(other - C)) / size
             cases.append(control("ggn: the same without the factor", wrong, bound))
     return Findings(cases, {"examples": n, "of": count})

@@ -15,7 +15,7 @@ from curvlab.layers import MatrixLayer, find_layers, flatten, unflatten
 from curvlab.losses import Loss
 from curvlab.projector import NullSpace
 from curvlab.spectrum import Spectrum
-from curvlab.theory import explicit, spectra
+from curvlab.theory import curvatures, explicit
 from curvlab.theory.check import Case, Findings, claim, control, relative, roundoff
 from curvlab.theory.paths import flat, gradient, mean_loss
 
@@ -178,8 +178,8 @@ def _prepare(
 ) -> _Run | None:  # fmt: skip
     """None where there is nothing to tell: all of the edit gradient kept or removed, or a P that mixes no entries."""
     found = find_layers(model, layers)
-    spectrum = spectra.fitted(curvature, model, loss, data, layers)
-    null, P = spectrum.null_space(gamma), spectra.projector(spectrum, gamma)
+    spectrum = curvatures.fitted(curvature, model, loss, data, layers)
+    null, P = spectrum.null_space(gamma), curvatures.cut(spectrum, gamma)
     g = gradient(model, loss, edits, found).double()
     inside, outside, W = float((P @ g).norm()), float((g - P @ g).norm()), float(flat(found).double().norm())
     moved = P[(P @ g).abs() > 1e-9 * inside][:, (P @ g).abs() > 1e-9 * inside]
@@ -192,9 +192,9 @@ def _prepare(
 
 def _changed_projector(run: _Run, edits: Any, steps: int, bound: float) -> list[Case]:
     """Half-way the projector becomes that of the curvature on the edits; Δ from there on lies in the new space."""
-    other = spectra.fitted("kfac", run.model, run.loss, edits, [layer.name for layer in run.found])
+    other = curvatures.fitted("kfac", run.model, run.loss, edits, [layer.name for layer in run.found])
     gamma = run.null.gamma or 0.9
-    new, P = other.null_space(gamma), spectra.projector(other, gamma)
+    new, P = other.null_space(gamma), curvatures.cut(other, gamma)
     old = run.P @ run.gradient
     if not 0 < new.kept < len(P) or float((old - P @ old).norm()) <= 1e-2 * float(old.norm()):
         return []  # nothing of the old momentum is removed

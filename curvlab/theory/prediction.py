@@ -12,7 +12,7 @@ from curvlab.curvature import EKFAC, GaussNewton
 from curvlab.layers import find_layers, unflatten
 from curvlab.losses import Loss
 from curvlab.spectrum import Spectrum
-from curvlab.theory import explicit, spectra
+from curvlab.theory import curvatures, explicit
 from curvlab.theory.check import Case, Findings, claim, control
 from curvlab.theory.paths import Measures, descend, flat, gradient
 
@@ -40,7 +40,7 @@ def small_steps_are_predicted(
     found = find_layers(model, layers)
     measures = Measures(model, loss, data, found)
     G = GaussNewton.fit(model, loss, data, layers)
-    H = spectra.fitted("hessian", model, loss, data, layers)
+    H = curvatures.fitted("hessian", model, loss, data, layers)
     g = explicit.loss_gradients(model, loss, data, found).sum(0) / measures.terms
     p, length = len(g), size * float(flat(found).norm())
     ratios, remainders = [], []
@@ -56,7 +56,7 @@ def small_steps_are_predicted(
     mean = sum(measures(row)["distance"] for row in eye) / p
     ekfac = EKFAC.fit(model, loss, data, layers, labels="exact").spectrum()
     average = mean / (sum(block.total for block in ekfac.blocks) * length**2 / (2 * p))
-    kfac = spectra.fitted("kfac", model, loss, data, layers)
+    kfac = curvatures.fitted("kfac", model, loss, data, layers)
     return Findings(
         [
             Case("GGN: worst |measured / predicted − 1|", max(abs(r - 1) for r in ratios), 0.05),
@@ -95,10 +95,10 @@ def prediction_along_edits(
     """
     found = find_layers(model, layers)
     names = [layer.name for layer in found]
-    fits = {name: spectra.fitted(name, model, loss, data, layers) for name in spectra.CURVATURES}
+    fits = {name: curvatures.fitted(name, model, loss, data, layers) for name in curvatures.FIVE}
     order = torch.randperm(data[0][0][0].numel(), generator=torch.Generator().manual_seed(9))
     permuted = [(x.flatten(1)[:, order].view_as(x), y) for x, y in data]
-    fits["permuted"] = spectra.fitted("ggn", model, loss, permuted, layers)
+    fits["permuted"] = curvatures.fitted("ggn", model, loss, permuted, layers)
     measures = Measures(model, loss, data, found)
     W = float(flat(found).norm())
     points = []
@@ -111,9 +111,9 @@ def prediction_along_edits(
             points.append(_point("random", size * W * u / u.norm(), W, measures, fits))
     edit = [point for point in points if point["path"] != "random"]
     small = [point for point in points if point["path"] == "random" and point["size"] < 2e-3]
-    agreement = {name: _agreement(edit, name) for name in spectra.CURVATURES}
+    agreement = {name: _agreement(edit, name) for name in curvatures.FIVE}
     near = [point for point in edit if point["size"] <= DRIFT / 2]
-    factor = {name: _worst_factor([q for q in edit if q["size"] <= DRIFT], name) for name in spectra.CURVATURES}
+    factor = {name: _worst_factor([q for q in edit if q["size"] <= DRIFT], name) for name in curvatures.FIVE}
 
     def off(name: str, scale: float = 1.0) -> float:
         return max(abs(point["measured"] / (scale * point["predicted"][name]) - 1) for point in small)
@@ -122,7 +122,7 @@ def prediction_along_edits(
         return float(spearmanr([q["predicted"]["ggn"] for q in edit], [q[measured] for q in edit])[0])
 
     cases = [Case("ggn, small random δ: |measured / predicted − 1|", off("ggn"), 0.05)]
-    for name in spectra.CURVATURES if converged else spectra.CURVATURES[1:]:
+    for name in curvatures.FIVE if converged else curvatures.FIVE[1:]:
         cases.append(Case(f"{name}: rank correlation on edit paths", agreement[name]["spearman"], 0.9, relation=">="))
     accuracy = rank("accuracy drop")
     cases += [
@@ -166,7 +166,7 @@ def _paths(
     paths = []
     for gamma in (None, *gammas):
         null = None if gamma is None else spectrum.null_space(gamma)
-        allowed = g if gamma is None else spectra.projector(spectrum, gamma) @ g
+        allowed = g if gamma is None else curvatures.cut(spectrum, gamma) @ g
         rate = step * W / float(allowed.norm())
         deltas = descend(model, loss, edits, names, null, rate, steps).double()
         paths.append(("free" if gamma is None else f"γ = {gamma}", deltas[[k - 1 for k in kept]]))

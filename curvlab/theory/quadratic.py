@@ -12,7 +12,7 @@ from curvlab.descent import attach
 from curvlab.layers import LayerShape
 from curvlab.projector import Ellipsoid, NullSpace
 from curvlab.spectrum import dense_spectrum
-from curvlab.theory import spectra
+from curvlab.theory import curvatures
 from curvlab.theory.check import Case, Findings, claim, control, relative, roundoff
 from curvlab.theory.constrained import constrained_optimum
 
@@ -111,7 +111,7 @@ def budget_beats_cut_in_its_own_model(
         gains.append((_value(Q, target, budget) - _value(Q, target, cut)) / start)
         soft.append(relative(torch.linalg.solve(Q + mu * C, Q @ target), budget))
         wrong.append(relative(torch.linalg.solve(Q + 2 * mu * C, Q @ target), budget))
-        truth = C - spectra.projector(spectrum, gamma) @ C  # the kept directions cost nothing
+        truth = C - curvatures.cut(spectrum, gamma) @ C  # the kept directions cost nothing
         equal = _at_loss(Q, C, target, _value(Q, target, cut))
         floors.append(float(cut @ truth @ cut) / float(equal @ truth @ equal))
         series[str(gamma)] = {"null space": _value(Q, target, cut), "ellipsoid": _value(Q, target, budget)}

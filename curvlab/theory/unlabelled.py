@@ -10,7 +10,7 @@ from curvlab.layers import MatrixLayer, find_layers
 from curvlab.losses import CrossEntropy, Loss
 from curvlab.theory import explicit
 from curvlab.theory.check import Case, Findings, claim, control, relative, roundoff
-from curvlab.theory.curvatures import dense
+from curvlab.theory.curvatures import matrix
 from curvlab.theory.factors import kfac_factors, output_jacobian
 
 
@@ -42,8 +42,8 @@ def ignored_positions_count(
     A, S = kfac_factors(model, loss, masked, chosen)
     fitted = {
         "ggn": GaussNewton.fit(model, loss, masked, layer).dense("rows"),
-        "kfac": dense(KFAC.fit(model, loss, masked, layer, labels="exact").spectrum()),
-        "covariance": dense(Covariance.fit(model, loss, masked, layer).spectrum()),
+        "kfac": matrix(KFAC.fit(model, loss, masked, layer, labels="exact").spectrum()),
+        "covariance": matrix(Covariance.fit(model, loss, masked, layer).spectrum()),
     }
     plain = {"ggn": G, "kfac": torch.kron(S, A), "covariance": torch.kron(torch.eye(len(S)).to(A), A)}
     cases = [Case(f"{n}: library against plain", relative(fitted[n], C), bound) for n, C in plain.items()]

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from strategies import random_settings
+from hypothesis import given
+from strategies import cases, random_settings
 
 from curvlab import theory
 from curvlab.curvature import EKFAC, KFAC, GaussNewton, ekfac, kfac
@@ -45,14 +45,14 @@ def test_geometric(q: float) -> None:
     assert entropy_rank(sigma) == pytest.approx(math.exp(-math.log(1 - q) - q * math.log(q) / (1 - q)))
 
 
-@settings(max_examples=40)
+@cases(40)
 @given(random_settings(dtypes=(torch.float32, torch.float64), depth=(1, 2), width=(2, 4)))
 def test_spectra(setting: Setting) -> None:
     findings = theory.spectra_are_right.function(setting.model, setting.loss, setting.data, setting.layers[0])
     assert all(case.as_expected for case in findings.cases), findings.cases
 
 
-@settings(max_examples=40)
+@cases(40)
 @given(random_settings(examples=(2, 6), width=(2, 4)))
 def test_ekfac_is_never_sharper(setting: Setting) -> None:
     findings = theory.ekfac_is_never_sharper.function(setting.model, setting.loss, setting.data, setting.layers[-1])

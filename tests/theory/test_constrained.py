@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy.optimize import minimize
-from strategies import random_settings
+from strategies import cases, random_settings
 
 from curvlab import theory
 from curvlab.losses import CrossEntropy
@@ -22,7 +22,7 @@ from curvlab.theory.constrained import constrained_optimum
 CURVATURES = ("hessian", "ggn", "kfac", "ekfac", "covariance")
 
 
-@settings(max_examples=50)
+@cases(50)
 @given(
     random_settings(examples=(2, 6), width=(2, 4), depth=(1, 2)), st.sampled_from(CURVATURES),
     st.sampled_from((0.9, 0.1, 1e-3)), st.integers(0, 99),
@@ -32,7 +32,7 @@ def test_confine(setting: Setting, curvature: str, share: float, seed: int) -> N
     assert check.passed, check.cases
 
 
-@settings(max_examples=10)
+@cases(10)
 @given(st.integers(3, 9), st.integers(0, 2**31), st.booleans())
 def test_quadratic_problem(size: int, seed: int, deficient: bool) -> None:
     check = theory.projected_descent_on_a_quadratic(*random_problem(size, seed, size - 1 if deficient else None))
@@ -40,7 +40,7 @@ def test_quadratic_problem(size: int, seed: int, deficient: bool) -> None:
     assert check.verdict == "holds under conditions"
 
 
-@settings(max_examples=20)
+@cases(20)
 @given(st.integers(3, 9), st.integers(0, 2**31), st.booleans())
 def test_budget_against_cut(size: int, seed: int, deficient: bool) -> None:
     Q, C, target, _ = random_problem(size, seed, size - 1 if deficient else None)

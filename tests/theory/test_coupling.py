@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from strategies import random_settings
+from hypothesis import given
+from strategies import cases, random_settings
 
 from curvlab import theory
 from curvlab.curvature import GaussNewton
@@ -34,28 +34,28 @@ def test_two_weights() -> None:
     assert theory.layers_do_not_interact(model, SquaredError(), data, should=True).passed
 
 
-@settings(max_examples=20)
+@cases(20)
 @given(random_settings(dtypes=(torch.float32, torch.float64)))
 def test_coupling_is_bounded(setting: Setting) -> None:
     findings = theory.coupling_is_bounded.function(*setting.arguments)
     assert all(case.as_expected for case in findings.cases), findings.cases
 
 
-@settings(max_examples=20)
+@cases(20)
 @given(random_settings(depth=(2, 3), width=(2, 4), dtypes=(torch.float32, torch.float64)))
 def test_exact_null_spaces_combine(setting: Setting) -> None:
     findings = theory.exact_null_spaces_combine.function(*setting.arguments)
     assert all(case.as_expected for case in findings.cases), findings.cases
 
 
-@settings(max_examples=20)
+@cases(20)
 @given(random_settings(depth=(2, 3), width=(2, 4)))
 def test_curvatures_add_up_to_a_factor(setting: Setting) -> None:
     findings = theory.curvatures_add_up_to_a_factor.function(*setting.arguments, gamma=0.7)
     assert all(case.as_expected for case in findings.cases), findings.cases
 
 
-@settings(max_examples=20)
+@cases(20)
 @given(random_settings(depth=(2, 3), width=(2, 4), examples=(3, 6)))
 def test_layerwise_projection_keeps_more(setting: Setting) -> None:
     findings = theory.layerwise_projection_keeps_more.function(*setting.arguments, gamma=0.7)

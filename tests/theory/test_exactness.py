@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from strategies import random_settings
+from strategies import cases, random_settings
 
 from curvlab import theory
 from curvlab.curvature import ekfac, kfac
@@ -19,14 +19,14 @@ DTYPES = (torch.float32, torch.float64)
 SEEDS = st.integers(0, 2**31)
 
 
-@settings(max_examples=30)
+@cases(30)
 @given(random_settings(kinds=("mlp", "conv"), dtypes=DTYPES))
 def test_one_example(setting: Setting) -> None:
     check = theory.kfac_exact_one_example(*setting.arguments)
     assert (check.verdict, check.passed) == ("holds", True), check.cases
 
 
-@settings(max_examples=30)
+@cases(30)
 @given(
     random_settings(
         kinds=("mlp",), activations=("identity",), losses=("squared error",), dtypes=DTYPES, examples=(2, 6)
@@ -37,21 +37,21 @@ def test_shared_curvature(setting: Setting) -> None:
     assert (check.verdict, check.passed) == ("holds", True), check.cases
 
 
-@settings(max_examples=30)
+@cases(30)
 @given(st.integers(2, 5), st.integers(2, 5), st.integers(2, 6), st.integers(2, 6), SEEDS, st.sampled_from(DTYPES))
 def test_independent(d_in: int, d_out: int, n: int, m: int, seed: int, dtype: torch.dtype) -> None:
     check = theory.kfac_exact_independent(d_in=d_in, d_out=d_out, inputs=n, curvatures=m, seed=seed, dtype=dtype)
     assert (check.verdict, check.passed) == ("holds", True), check.cases
 
 
-@settings(max_examples=20)
+@cases(20)
 @given(st.integers(2, 4), st.integers(2, 5), SEEDS)
 def test_shared_weights(positions: int, examples: int, seed: int) -> None:
     check = theory.kfac_with_shared_weights(positions=positions, examples=examples, seed=seed)
     assert (check.verdict, check.passed) == ("holds under conditions", True), check.cases
 
 
-@settings(max_examples=40)
+@cases(40)
 @given(random_settings(dtypes=DTYPES), st.sampled_from(["exact", "data"]))
 def test_best_diagonal(setting: Setting, labels: str) -> None:
     check = theory.ekfac_best_diagonal(*setting.arguments, labels=labels)  # type: ignore[arg-type]

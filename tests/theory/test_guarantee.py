@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, reject, settings
+from hypothesis import given, reject
 from hypothesis import strategies as st
-from strategies import random_settings
+from strategies import cases, random_settings
 
 from curvlab import projector, theory
 from curvlab.projector import NullBlock
@@ -19,7 +19,7 @@ GAMMAS = st.sampled_from([0.3, 0.5, 0.8, 0.9, 0.99, 0.9999])
 SETTINGS = random_settings(dtypes=(torch.float32, torch.float64), width=(2, 4), depth=(1, 2))
 
 
-@settings(max_examples=80)
+@cases(80)
 @given(SETTINGS, GAMMAS, st.sampled_from(CURVATURES))
 def test_own_curvature(setting: Setting, gamma: float, curvature: Curvature) -> None:
     try:
@@ -29,7 +29,7 @@ def test_own_curvature(setting: Setting, gamma: float, curvature: Curvature) -> 
     assert (check.verdict, check.passed) == ("holds", True), [c for c in check.cases if not c.as_expected]
 
 
-@settings(max_examples=40)
+@cases(40)
 @given(SETTINGS, GAMMAS, st.sampled_from(CURVATURES))
 def test_in_the_ggn(setting: Setting, gamma: float, curvature: Curvature) -> None:
     try:

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from strategies import random_settings
+from strategies import cases, random_settings
 
 from curvlab import theory
 from curvlab.curvature import Covariance, GaussNewton
@@ -26,7 +26,7 @@ def test_take() -> None:
     assert torch.equal(torch.cat([a for a, _ in take(data, 7)]), x[:7])
 
 
-@settings(max_examples=25)
+@cases(25)
 @given(random_settings(examples=(2, 6), width=(2, 4), dtypes=(torch.float32, torch.float64)), st.integers(1, 3))
 def test_samples_underestimate_boundedly(setting: Setting, n: int) -> None:
     arguments = (setting.model, setting.loss, setting.data, setting.layers[0])
@@ -34,7 +34,7 @@ def test_samples_underestimate_boundedly(setting: Setting, n: int) -> None:
     assert all(case.as_expected for case in findings.cases), findings.cases
 
 
-@settings(max_examples=15)
+@cases(15)
 @given(random_settings(examples=(2, 6), width=(2, 4)), st.integers(1, 3))
 def test_no_estimate_beats_the_whole_set(setting: Setting, n: int) -> None:
     arguments = (setting.model, setting.loss, setting.data, take(setting.data, n), setting.layers[-1])
@@ -42,7 +42,7 @@ def test_no_estimate_beats_the_whole_set(setting: Setting, n: int) -> None:
     assert all(case.as_expected for case in findings.cases), findings.cases
 
 
-@settings(max_examples=15)
+@cases(15)
 @given(SEQUENCES, st.integers(1, 2))
 def test_ignored_positions(setting: Setting, ignored: int) -> None:
     for layer in setting.layers[:-1]:
@@ -50,7 +50,7 @@ def test_ignored_positions(setting: Setting, ignored: int) -> None:
         assert check.passed, check.cases
 
 
-@settings(max_examples=25)
+@cases(25)
 @given(SEQUENCES, st.integers(1, 2))
 def test_labelled_inputs(setting: Setting, ignored: int) -> None:
     for layer in setting.layers:

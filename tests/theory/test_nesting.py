@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from strategies import random_settings
+from hypothesis import given
+from strategies import cases, random_settings
 
 from curvlab import theory
 from curvlab.curvature import KFAC, Covariance, GaussNewton
@@ -50,7 +50,7 @@ def test_counterexamples_are_common() -> None:
     assert found == 20
 
 
-@settings(max_examples=30)
+@cases(30)
 @given(random_settings(examples=(2, 6), width=(2, 4), dtypes=(torch.float32, torch.float64)))
 def test_one_curvature_nests(setting: Setting) -> None:
     arguments = (setting.model, setting.loss, setting.data, setting.layers[0])
@@ -58,7 +58,7 @@ def test_one_curvature_nests(setting: Setting) -> None:
     assert all(case.as_expected for case in findings.cases), findings.cases
 
 
-@settings(max_examples=30)
+@cases(30)
 @given(random_settings(examples=(1, 6), width=(2, 4)))
 def test_overlaps(setting: Setting) -> None:
     arguments = (setting.model, setting.loss, setting.data, setting.layers[-1])

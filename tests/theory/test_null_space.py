@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from strategies import random_settings
+from hypothesis import given
+from strategies import cases, random_settings
 
 from curvlab import theory
 from curvlab.losses import CrossEntropy
@@ -11,7 +11,7 @@ from curvlab.models import MLP
 from curvlab.theory import Setting
 
 
-@settings(max_examples=150)
+@cases(150)
 @given(random_settings(dtypes=(torch.float32, torch.float64)))
 def test_inclusion(setting: Setting) -> None:
     check = theory.null_space_inclusion(*setting.arguments)
@@ -20,7 +20,7 @@ def test_inclusion(setting: Setting) -> None:
         assert dims["null of the inputs"] <= dims["null of the GGN"] <= dims["parameters"]
 
 
-@settings(max_examples=50)
+@cases(50)
 @given(random_settings(examples=(1, 2), width=(7, 9), kinds=("mlp", "sequence")))
 def test_unseen_updates(setting: Setting) -> None:
     check = theory.unseen_updates_change_nothing(*setting.arguments)

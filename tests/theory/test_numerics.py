@@ -5,8 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from strategies import cases
 
 from curvlab import projector, theory
 from curvlab.curvature import kfac
@@ -16,7 +17,7 @@ from curvlab.theory.summation import sorted_products
 WHOLE = st.lists(st.integers(0, 60), min_size=1, max_size=12)
 
 
-@settings(max_examples=40)
+@cases(40)
 @given(WHOLE, WHOLE)
 def test_library_against_integers(outer: list[int], inner: list[int]) -> None:
     if not (any(outer) and any(inner)):
@@ -27,14 +28,14 @@ def test_library_against_integers(outer: list[int], inner: list[int]) -> None:
     assert (check.verdict, check.passed) == ("holds", True), check.cases
 
 
-@settings(max_examples=20)
+@cases(20)
 @given(st.integers(24, 80), st.integers(1, 8), st.integers(0, 2**31))
 def test_below_zero(size: int, rank: int, seed: int) -> None:
     check = theory.eigenvalues_below_zero(size=size, rank=rank, seed=seed)
     assert (check.verdict, check.passed) == ("holds under conditions", True), check.cases
 
 
-@settings(max_examples=20)
+@cases(20)
 @given(st.integers(2, 12), st.integers(2, 12), st.floats(0.3, 0.97), st.integers(0, 2**31))
 def test_bfloat16(d_out: int, d_in: int, gamma: float, seed: int) -> None:
     check = theory.bfloat16_bases(d_out=d_out, d_in=d_in, gamma=gamma, seed=seed)

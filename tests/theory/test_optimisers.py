@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
-from strategies import random_settings
+from strategies import cases, random_settings
 
 from curvlab import theory
 from curvlab.curvature import KFAC
-from curvlab.theory import Check, Setting, random_setting, spectra
+from curvlab.theory import Check, Setting, curvatures, random_setting
 
 
 def pair(seed: int = 1) -> tuple[Any, ...]:
@@ -19,7 +19,7 @@ def pair(seed: int = 1) -> tuple[Any, ...]:
     return own.model, own.loss, own.data, other.data, own.layers
 
 
-@settings(max_examples=80)
+@cases(80)
 @given(
     random_settings(examples=(3, 6), width=(2, 4), depth=(1, 2), dtypes=(torch.float32, torch.float64)),
     st.sampled_from((0.5, 0.8, 0.95)),
@@ -45,7 +45,7 @@ def test_what_is_inside_stays_flat() -> None:
     """With the GGN's own null space every path that stays inside has at most the largest kept eigenvalue."""
     model, loss, data, edits, layers = pair()
     check = theory.descent_in_the_null_space(model, loss, data, edits, layers, gamma=0.8, curvature="ggn")
-    spectrum = spectra.fitted("ggn", model, loss, data, layers)
+    spectrum = curvatures.fitted("ggn", model, loss, data, layers)
     (block,) = spectrum.null_space(0.8).blocks
     kept = float(spectrum.blocks[0].magnitudes[~block.removed].max())
     s = check.series
@@ -62,9 +62,9 @@ def test_explicit_projector() -> None:
     spectrum = dense_spectrum(
         torch.diag(torch.tensor([2.0, 4.0, 1.0, 3.0])).double(), [LayerShape("a", 2, 2, False)], True
     )
-    assert spectra.projector(spectrum, 0.7).diag().tolist() == [1, 0, 1, 0]
-    assert spectra.projector(spectrum, 0.71).diag().tolist() == [0, 0, 1, 0]
-    assert torch.equal(spectra.matrix(spectrum).diag(), torch.tensor([2.0, 4.0, 1.0, 3.0]).double())
+    assert curvatures.cut(spectrum, 0.7).diag().tolist() == [1, 0, 1, 0]
+    assert curvatures.cut(spectrum, 0.71).diag().tolist() == [0, 0, 1, 0]
+    assert torch.equal(curvatures.matrix(spectrum).diag(), torch.tensor([2.0, 4.0, 1.0, 3.0]).double())
 
 
 def test_nothing_to_project_is_nothing_compared() -> None:

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from strategies import random_settings
+from hypothesis import given
+from strategies import cases, random_settings
 
 from curvlab import theory
 from curvlab.curvature import EKFAC, GaussNewton, Hessian
@@ -17,7 +17,7 @@ from curvlab.theory import Check, Setting, explicit, random_setting
 from curvlab.theory.paths import Measures
 
 
-@settings(max_examples=60)
+@cases(60)
 @given(
     random_settings(
         kinds=("mlp", "sequence"), activations=("tanh", "gelu", "identity"), examples=(2, 6), width=(2, 3), depth=(1, 2)

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from strategies import cases
 
 from curvlab import theory
 from curvlab.spectrum import KroneckerBasis
@@ -16,14 +17,14 @@ SHAPES = st.tuples(st.integers(1, 9), st.integers(1, 9))
 GAMMAS = st.floats(0.05, 0.95)
 
 
-@settings(max_examples=60)
+@cases(60)
 @given(SHAPES, GAMMAS, st.integers(0, 2**31))
 def test_storage(shape: tuple[int, int], gamma: float, seed: int) -> None:
     check = theory.storage_of_a_projection(shapes=[shape], gamma=gamma, seed=seed)
     assert (check.verdict, check.passed) == ("holds", True), check.cases
 
 
-@settings(max_examples=40)
+@cases(40)
 @given(st.tuples(st.integers(1, 40), st.integers(1, 40)), GAMMAS, st.integers(0, 2**31))
 def test_operations(shape: tuple[int, int], gamma: float, seed: int) -> None:
     check = theory.operations_of_a_projection(shapes=[shape], gamma=gamma, seed=seed)

@@ -4,8 +4,9 @@ import json
 
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from strategies import cases
 
 from curvlab import theory
 from curvlab.data.paper import paper_table3, paper_tables
@@ -78,7 +79,7 @@ def test_a_row_of_no_projection_among_the_gammas() -> None:
     assert not theory.robust_to_sample_size(t).passed
 
 
-@settings(max_examples=20)
+@cases(20)
 @given(st.floats(1.5, 40))
 def test_a_larger_drop_is_not_below_one_percent(points: float) -> None:
     t = paper_tables()
@@ -89,7 +90,7 @@ def test_a_larger_drop_is_not_below_one_percent(points: float) -> None:
     assert not check.passed
 
 
-@settings(max_examples=20)
+@cases(20)
 @given(st.integers(150, 250))
 def test_the_verdict_does_not_hang_on_two_hundred(n: int) -> None:
     assert theory.differences_against_sampling_error(n=n).verdict == "holds under conditions"
