@@ -26,6 +26,7 @@ def ratio(case: dict[str, Any]) -> float:
 
 KINDS = {
     "expected to hold": ("o", "#0072b2", "#0072b2"),
+    "measured, either way": ("s", "none", "#0072b2"),
     "expected to fail": ("X", "#d55e00", "#d55e00"),
     "control, to be rejected": ("^", "none", "0.35"),
 }
@@ -34,6 +35,8 @@ KINDS = {
 def kind(case: dict[str, Any]) -> str:
     if case["control"]:
         return "control, to be rejected"
+    if case["should"] is None:
+        return "measured, either way"
     return "expected to hold" if case["should"] else "expected to fail"
 
 
@@ -49,7 +52,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> list[Path]:
         for case in row["cases"]:
             what = kind(case)
             marker, face, edge = KINDS[what]
-            shift = {"o": 0.0, "X": 0.16, "^": -0.16}[marker]
+            shift = {"o": 0.0, "s": 0.08, "X": 0.16, "^": -0.16}[marker]
             ax.plot(
                 ratio(case), level + shift, marker, markerfacecolor=face, markeredgecolor=edge, markersize=5,
                 alpha=0.7, linestyle="", label=None if what in shown else what,
@@ -63,7 +66,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> list[Path]:
     ax.set_xlabel("measured / bound (left of 1: holds; lower bounds inverted)", fontsize=8)
     ax.tick_params(axis="x", labelsize=7)
     ax.grid(axis="x", alpha=0.25, linewidth=0.5)
-    figure.legend(fontsize=7, loc="outside upper center", ncols=3, frameon=False)
+    figure.legend(fontsize=7, loc="outside upper center", ncols=2, frameon=False)
     return save(figure, path)
 
 

@@ -37,7 +37,6 @@ from curvlab.models import MLP, pretrain
 from curvlab.records import Row, cached_rows, fingerprint, provenance
 from curvlab.storage import replacing
 from curvlab.theory import Check, Setting, random_setting
-from curvlab.theory.curvatures import FIVE
 from curvlab.theory.mismatch import take
 from curvlab.theory.setting import Kind
 from figures import claims_page
@@ -271,25 +270,13 @@ def claim_6(lab: Lab) -> Iterator[Check]:
 
 
 def claim_7(lab: Lab) -> Iterator[Check]:
-    """Anisotropy of fc2 over training, for growing width; the bound holds where 1 % are more than a few directions."""
-    every, exact, neither = FIVE, ("hessian", "ggn", "covariance"), ("hessian", "covariance")
-    kronecker = ("ggn", "kfac", "ekfac")
-    plans: list[tuple[int, dict[Stage, tuple[tuple[str, ...], tuple[str, ...]]]]] = [
-        (lab.preset.width, {stage: (every, ()) for stage in STAGES})
-    ]  # width, and by stage: of which curvatures it is claimed, and expected
-    large: dict[Stage, tuple[tuple[str, ...], tuple[str, ...]]] = {
-        "random": (every, kronecker), "half-trained": (exact, ("ggn",)), "converged": (exact, ("ggn",)),
-    }  # fmt: skip
-    between, widest = ((32, 48), 64) if lab.preset.thorough else ((20,), 48)
-    if lab.config.preset != "tiny":
-        for width in between:
-            plans.append((width, {stage: (neither, ()) for stage in STAGES}))
-        plans.append((widest, large))
-    for width, stages in plans:
-        for stage, (of, sharp) in stages.items():
+    """Anisotropy of fc2 over training, for growing width."""
+    more = () if lab.config.preset == "tiny" else (32, 48, 64) if lab.preset.thorough else (20, 48)
+    for width in (lab.preset.width, *more):
+        for stage in STAGES:
             setting = lab.trained(stage, width=width)
             arguments = (setting.model, setting.loss, setting.data, "fc2")
-            yield theory.few_directions_hold_the_energy.on(f"fc2 of {setting.name}", *arguments, of=of, sharp=sharp)
+            yield theory.few_directions_hold_the_energy.on(f"fc2 of {setting.name}", *arguments)
     for seed in lab.preset.seeds:
         for setting in (
             random_setting("mlp", "tanh", "cross-entropy", examples=6, width=4, seed=seed),
@@ -439,10 +426,7 @@ def claim_14(lab: Lab) -> Iterator[Check]:
         for depth, width in [(depth, W) for depth in depths] + [(3, width) for width in widths]:
             setting = lab.trained(stage, depth=depth, width=width)
             yield theory.coupling_is_bounded.on(setting.name, *setting.arguments)
-            if (stage == "random" and depth > 2) or (stage == "converged" and depth == 6):
-                yield theory.layers_do_not_interact.on(setting.name, *setting.arguments)
-            elif stage == "converged" and width == 4:  # a narrow, shallow, trained network: there it is negligible
-                yield theory.layers_do_not_interact.on(setting.name, *setting.arguments, should=True)
+            yield theory.layers_do_not_interact.on(setting.name, *setting.arguments)
             if width == W and stage != "half-trained" and depth in ((2,) if tiny else (3, 6)):
                 for gamma in (0.9, 0.99) if lab.preset.thorough and depth == 3 else (0.9,):
                     name = f"{setting.name}, γ = {gamma}"
@@ -509,16 +493,9 @@ def claim_17(lab: Lab) -> Iterator[Check]:
         for label, sample in samples:
             name = f"fc2 of {setting.name}; curvature from {label}"
             yield theory.no_estimate_beats_the_whole_set.on(name, *arguments, sample, "fc2")
+            yield theory.sample_is_as_good.on(name, *arguments, sample, "fc2")
         name = f"fc2 of {setting.name}; curvature from classes 0 to 4, for 5 to 9"
         yield theory.no_estimate_beats_the_whole_set.on(name, setting.model, setting.loss, high, low, "fc2")
-        name = f"fc2 of {setting.name}; curvature from half"
-        yield theory.sample_is_as_good.on(name, *arguments, take(whole, total // 2), "fc2")
-        if stage == "converged":  # ten examples are not enough; half of the classes are, for the GGN
-            name = f"fc2 of {setting.name}; curvature from"
-            yield theory.sample_is_as_good.on(f"{name} ten", *arguments, take(whole, 10), "fc2", enough=())
-            yield theory.sample_is_as_good.on(f"{name} classes 0 to 4", *arguments, low, "fc2", of=("ggn",))
-            if lab.pair.name == "mnist" and not tiny:
-                yield theory.sample_is_as_good.on(f"{name} Fashion-MNIST", *arguments, other, "fc2", enough=())
     for seed in lab.preset.seeds:
         for setting in (
             random_setting("mlp", "tanh", "cross-entropy", examples=8, width=4, seed=seed),
@@ -594,9 +571,7 @@ def summary(rows: list[Row]) -> pd.DataFrame:
     lines = []
     for name in dict.fromkeys(row["name"] for row in rows):
         own = [row for row in rows if row["name"] == name]
-        found = claims_page.worst(own, "expected to hold") or claims_page.worst(own, "expected to fail")
-        assert found is not None
-        _, case = found
+        _, case = claims_page.telling(own)
         lines.append(
             {
                 "claim": own[0]["claim"], "checked": name.replace("_", " "), "verdict": claims_page.verdict(own),
@@ -639,7 +614,7 @@ def main(config: Config) -> None:
     for row in failed:
         print(f"\nFAILED: claim {row['claim']}, {row['name']}, on {row['setting']}")
         for case in row["cases"]:
-            if case["holds"] != case["should"]:
+            if case["should"] not in (None, case["holds"]):
                 expected = "should hold" if case["should"] else "should be rejected"
                 print(f"    {case['name']}: {case['measured']:.3g} {case['relation']} {case['bound']:.3g} {expected}")
     minutes = (time.perf_counter() - started) / 60

@@ -20,7 +20,7 @@ class Case:
     Attributes:
         name: what was compared.
         measured, bound: the two numbers; the bound is known before anything is measured.
-        should: whether it is expected to hold.
+        should: whether it is expected to hold; None where it is an empirical finding, a result either way.
         relation: how `measured` must relate to `bound`.
         control: a deliberately wrong variant, which the check must reject; it does not enter the verdict.
     """
@@ -28,7 +28,7 @@ class Case:
     name: str
     measured: float
     bound: float
-    should: bool = True
+    should: bool | None = True
     relation: Literal["<=", ">="] = "<="
     control: bool = False
 
@@ -39,7 +39,7 @@ class Case:
 
     @property
     def as_expected(self) -> bool:
-        return not math.isnan(self.measured) and self.holds == self.should
+        return not math.isnan(self.measured) and self.should in (None, self.holds)
 
 
 def control(name: str, measured: float, bound: float, relation: Literal["<=", ">="] = "<=") -> Case:

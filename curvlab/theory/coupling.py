@@ -28,7 +28,7 @@ def share_outside(C: Tensor, sizes: Sequence[int]) -> float:
 @claim(14, "review, major comment on §3.3")
 def layers_do_not_interact(
     model: nn.Module, loss: Loss, data: Any, layers: str | Sequence[str] = "*", *, negligible: float = 0.1,
-    should: bool = False,
+    should: bool | None = None,
 ) -> Findings:  # fmt: skip
     """Interactions across layers are negligible: at most 10 % of ‖G‖_F² lie outside the joint GGN's diagonal blocks.
 

@@ -1,6 +1,6 @@
 """Claim 17: a capability set that is small, or another one."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ def removed_in_common(first: NullSpace, second: NullSpace) -> float:
 @claim(17, "review, limitations")
 def sample_is_as_good(
     model: nn.Module, loss: Loss, capability: Any, sample: Any, layer: str, *, gamma: float = 0.9,
-    factor: float = 2.0, of: Collection[str] = ESTIMATES, enough: Collection[str] = ESTIMATES,
+    factor: float = 2.0, should: bool | None = None,
 ) -> Findings:  # fmt: skip
     """A null space from a sample lets through at most twice the energy that the one from the whole capability set does.
 
@@ -52,15 +52,13 @@ def sample_is_as_good(
         capability: the whole set.
         sample: what the curvature is fitted on.
         factor: "twice".
-        of: the curvatures that it is claimed of; the series has all.
-        enough: those of them for which the sample is expected to be good enough; for the others, not to be.
+        should: whether the sample is expected to be good enough.
     """
     found, values = _let_through(model, loss, capability, sample, layer, gamma)
     bound = roundoff(explicit.zero(find_layers(model, layer)).dtype, len(values))
     cases = [
-        Case(f"{n}: energy let through", own["let through"], factor * own["by the whole set"] + bound, n in enough)
+        Case(f"{n}: energy let through", own["let through"], factor * own["by the whole set"] + bound, should)
         for n, own in found.items()
-        if n in of
     ]
     if cases and "ggn" in found:
         whole = found["ggn"]["by the whole set"]

@@ -126,7 +126,10 @@ def test_verdicts() -> None:
     assert not check(Case("a", 3.0, 2.0))["passed"]
     assert not check(Case("a", 1.0, 2.0, should=False))["passed"]
     assert Case("a", 3.0, 2.0, relation=">=").holds
-    for should in (True, False):
+    either = Case("a", 3.0, 2.0, should=None)
+    assert (check(either)["verdict"], check(either)["passed"]) == ("refuted", True)
+    assert check(Case("a", 1.0, 2.0, should=None))["passed"]
+    for should in (True, False, None):
         assert not Case("a", float("nan"), 2.0, should=should).as_expected
 
 

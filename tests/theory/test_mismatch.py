@@ -65,7 +65,7 @@ def test_a_sample_of_everything_and_of_little() -> None:
     setting = theory.random_setting("mlp", "tanh", examples=40, width=6)
     arguments = (setting.model, setting.loss, setting.data)
     check = theory.sample_is_as_good(*arguments, setting.data, "fc1")
-    assert check.passed
+    assert (check.verdict, check.passed) == ("holds", True)
     for name in ("ggn", "kfac", "covariance"):
         own = check.series[name]
         assert own["let through"] == own["by the whole set"]
@@ -73,8 +73,9 @@ def test_a_sample_of_everything_and_of_little() -> None:
         assert own["null inside its null"] == pytest.approx(1)
     assert check.series["ggn"]["let through"] <= 0.1
     little = take(setting.data, 1)
-    assert not theory.sample_is_as_good(*arguments, little, "fc1").passed
-    assert theory.sample_is_as_good(*arguments, little, "fc1", enough=()).passed
+    check = theory.sample_is_as_good(*arguments, little, "fc1")
+    assert (check.verdict, check.passed) == ("refuted", True)
+    assert not theory.sample_is_as_good(*arguments, little, "fc1", should=True).passed
 
 
 def test_removed_in_common() -> None:

@@ -133,6 +133,6 @@ def test_eigenvalues_in_the_wrong_order_are_found_out(edited: tuple[Any, ...], m
         return total
 
     monkeypatch.setattr(Spectrum, "quadratic_form", reversed_form)
-    assert "ggn: worst factor up to half a drift of 25 %" in failed(
+    assert "ggn: rank correlation on edit paths" in failed(
         theory.prediction_along_edits(*edited, steps=10, directions=1)
     )
