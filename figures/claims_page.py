@@ -121,7 +121,9 @@ def section(claim: int, rows: list[Row], pictures: list[Path]) -> str:
                     if all(c["should"] in (None, c["holds"]) for r in own for c in r["cases"] if kind(c) == what)
                     else (" **(not as expected)**")
                 )
-                lines.append(f"- {label}{wrong}: {sentence(found)}")
+                all_of = [case["holds"] for row in own for case in row["cases"] if kind(case) == what]
+                often = f", holds in {sum(all_of)} of {len(all_of)}" if "either way" in what else ""
+                lines.append(f"- {label}{often}{wrong}: {sentence(found)}")
         parts.append("\n".join(lines))
     parts += [f"![Claim {claim}]({file.name})" for file in pictures if file.suffix == ".png"]
     return "\n\n".join(parts)
