@@ -18,11 +18,12 @@ from curvlab.storage import replacing
 Row = dict[str, Any]
 
 
-def provenance() -> Row:
-    """Versions, commit and machine, as flat columns."""
+def provenance(*scripts: str | Path) -> Row:
+    """Versions, commit, a hash of the package's sources (and of `scripts`), and the machine, as flat columns."""
     return {
         "curvlab": __version__,
         "commit": _commit(),
+        "sources": _sources(*scripts),
         "torch": torch.__version__,
         "numpy": numpy.__version__,
         "python": platform.python_version(),
@@ -42,6 +43,12 @@ def _commit() -> str:
         return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
         return ""
+
+
+def _sources(*scripts: str | Path) -> str:
+    """Uncommitted changes count too: results of other code are not mixed in."""
+    files = [*sorted(Path(__file__).parent.rglob("*.py")), *map(Path, scripts)]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
 def fingerprint(values: Mapping[str, Any]) -> str:

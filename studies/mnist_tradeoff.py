@@ -457,7 +457,7 @@ def main(config: Config) -> None:
         raise SystemExit(str(error)) from error
     if pair.note:
         print(f"\n*** {pair.note} ***\n", flush=True)
-    origin = pair.provenance() | provenance() | {"threads": 1}
+    origin = pair.provenance() | provenance(__file__) | {"threads": 1}
     me = identity(config, preset, origin)
     todo = units(config, preset)
     folder = config.out / "units" / fingerprint(me)

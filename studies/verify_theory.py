@@ -11,9 +11,11 @@ continues where it stopped when it is started again with the same arguments.
 
 import copy
 import json
+import math
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
@@ -36,7 +38,7 @@ from curvlab.losses import CrossEntropy
 from curvlab.models import MLP, pretrain
 from curvlab.records import Row, cached_rows, fingerprint, provenance
 from curvlab.storage import replacing
-from curvlab.theory import Check, Setting, random_setting
+from curvlab.theory import Case, Check, Setting, random_setting
 from curvlab.theory.mismatch import take
 from curvlab.theory.setting import Kind
 from figures import claims_page
@@ -566,6 +568,16 @@ def run_claim(config: Config, number: int) -> list[Row]:
     return [check.row() for check in CLAIMS[number](Lab(config, PRESETS[config.preset]))]
 
 
+def raised(number: int, trace: str) -> Row:
+    """The row of a claim whose check broke off."""
+    last = trace.strip().splitlines()[-1]
+    case = Case(last, math.nan, 0.0)
+    statement = f"The checks of claim {number} can be run."
+    return Check(
+        number, f"claim_{number}_raised", statement, last, "ours", "", (case,), {"traceback": trace}, 0.0
+    ).row()
+
+
 def summary(rows: list[Row]) -> pd.DataFrame:
     """One line a claim's function: verdict over its settings, its most telling number, seconds."""
     lines = []
@@ -595,12 +607,15 @@ def main(config: Config) -> None:
     if pair.note:
         print(f"\n*** {pair.note} ***\n", flush=True)
     numbers = list(config.claims) or sorted(CLAIMS)
-    origin = provenance() | pair.provenance() | {"threads": 1, "preset": config.preset}
+    origin = provenance(__file__) | pair.provenance() | {"threads": 1, "preset": config.preset}
     folder = config.out / "units" / fingerprint(origin | asdict(PRESETS[config.preset]))
     jobs = 1 if config.preset == "tiny" and not config.jobs else min(config.jobs or os.cpu_count() or 1, len(numbers))
 
     def finish(number: int) -> list[Row]:
-        return cached_rows(folder / f"{number}.json", lambda: run_claim(config, number))
+        try:
+            return cached_rows(folder / f"{number}.json", lambda: run_claim(config, number))
+        except Exception:  # the others' ledger is wanted all the same
+            return [raised(number, traceback.format_exc())]
 
     with joblib.parallel_config(backend="loky" if jobs > 1 else "sequential", n_jobs=jobs):
         calls = joblib.Parallel(return_as="generator")(joblib.delayed(finish)(number) for number in numbers)
@@ -613,6 +628,7 @@ def main(config: Config) -> None:
     failed = [row for row in rows if not row["passed"]]
     for row in failed:
         print(f"\nFAILED: claim {row['claim']}, {row['name']}, on {row['setting']}")
+        print(row["series"].get("traceback", ""), end="")
         for case in row["cases"]:
             if case["should"] not in (None, case["holds"]):
                 expected = "should hold" if case["should"] else "should be rejected"

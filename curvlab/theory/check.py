@@ -1,13 +1,16 @@
 """Claims as objects: a statement, the cases it was put to, what was measured, the bound, a verdict."""
 
 import functools
+import inspect
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, ParamSpec
 
 import torch
+
+from curvlab.losses import as_loss
 
 Verdict = Literal["holds", "refuted", "holds under conditions"]
 P = ParamSpec("P")
@@ -147,9 +150,14 @@ class Claim(Generic[P]):
         return self.on("", *args, **kwargs)
 
     def on(self, setting: str, *args: P.args, **kwargs: P.kwargs) -> Check:
-        """The check, with a name for the setting."""
+        """The check, with a name for the setting.
+
+        A `model` must return a tensor in float32 or float64, `data` yield (inputs, targets); losses may be torch's.
+        """
+        bound = inspect.signature(self.function).bind(*args, **kwargs)
+        bound.arguments |= _prepared(bound.arguments)
         started = time.perf_counter()
-        found = self.function(*args, **kwargs)
+        found = self.function(*bound.args, **bound.kwargs)
         seconds = time.perf_counter() - started
         if not found.cases:
             raise ValueError(f"{self.name} compared nothing: nothing in this setting meets its conditions")
@@ -164,6 +172,32 @@ class Claim(Generic[P]):
             found.series,
             seconds,
         )
+
+
+def _prepared(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Subjects as claims take them: data as lists (several passes, no workers), losses as ours.
+
+    Raises:
+        ValueError: what no claim can be checked on.
+    """
+    out: dict[str, Any] = {}
+    for name, value in arguments.items():
+        if name == "loss":
+            out[name] = as_loss(value)
+        elif name in ("data", "capability", "sample"):
+            out[name] = list(value)
+            if not out[name] or any(len(b) != 2 or not isinstance(b[0], torch.Tensor) for b in out[name]):
+                raise ValueError(f"{name} must yield (inputs, targets) batches of tensors, at least one")
+    model = arguments.get("model")
+    if model is not None and "data" in out:
+        dtype = next(model.parameters()).dtype
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"claims are checked in float64 or float32, the model is {dtype}: bounds would be empty")
+        with torch.no_grad():
+            y = model(out["data"][0][0])
+        if not isinstance(y, torch.Tensor):
+            raise ValueError(f"the model returns a {type(y).__name__}; wrap it in a module that returns the tensor")
+    return out
 
 
 def claim(number: int, source: str) -> Callable[[Callable[P, Findings]], Claim[P]]:

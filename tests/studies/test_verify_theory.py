@@ -103,6 +103,25 @@ def test_a_broken_formula_turns_the_ledger(cache: Path, tmp_path: Path) -> None:
     assert "NO" in done.stdout
 
 
+def test_a_claim_that_raises_leaves_the_others_in_the_ledger(cache: Path, tmp_path: Path) -> None:
+    setup = (
+        "from curvlab.curvature import EKFAC\n"
+        "def broken(*_, **__): raise RuntimeError('no eigenvalues today')\n"
+        "EKFAC.fit = broken"
+    )
+    out = tmp_path / "raised"
+    done = run(out, cache, "--claims", "3", "11", setup=setup)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "no eigenvalues today" in done.stdout
+    rows = json.loads((out / "checks.json").read_text())
+    assert {row["claim"] for row in rows} == {3, 11}
+    assert [row["name"] for row in rows if row["claim"] == 11] == ["claim_11_raised"]
+    assert (out / "claims.md").is_file()
+    # nothing of it is taken for finished
+    assert [file.stem for file in out.glob("units/*/*.json")] == ["3"]
+    assert run(out, cache, "--claims", "3", "11").returncode == 0
+
+
 def test_unknown_claims(tmp_path: Path, cache: Path) -> None:
     done = run(tmp_path / "no", cache, "--claims", "99")
     assert done.returncode == 1
