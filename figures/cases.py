@@ -46,18 +46,19 @@ def draw(rows: list[dict[str, Any]], path: Path) -> list[Path]:
         return []
     names = list(dict.fromkeys(row["name"] for row in rows))
     figure, ax = plt.subplots(figsize=(6.4, 1.1 + 0.45 * len(names)), layout="constrained")
-    shown: set[str] = set()
-    for row in rows:
-        level = len(names) - 1 - names.index(row["name"])
-        for case in row["cases"]:
-            what = kind(case)
-            marker, face, edge = KINDS[what]
-            shift = {"o": 0.0, "s": 0.08, "X": 0.16, "^": -0.16}[marker]
+    for what, (marker, face, edge) in KINDS.items():
+        shift = {"o": 0.0, "s": 0.08, "X": 0.16, "^": -0.16}[marker]
+        points = [
+            (ratio(case), len(names) - 1 - names.index(row["name"]) + shift)
+            for row in rows
+            for case in row["cases"]
+            if kind(case) == what
+        ]
+        if points:
             ax.plot(
-                ratio(case), level + shift, marker, markerfacecolor=face, markeredgecolor=edge, markersize=5,
-                alpha=0.7, linestyle="", label=None if what in shown else what,
+                *zip(*points, strict=True), marker, markerfacecolor=face, markeredgecolor=edge, markersize=5,
+                alpha=0.7, linestyle="", label=what,
             )  # fmt: skip
-            shown.add(what)
     ax.axvline(1, color="0.4", linewidth=1)
     ax.set_xscale("log")
     ax.set_xlim(0.3 / EDGE, 3 * EDGE)

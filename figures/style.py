@@ -24,6 +24,8 @@ STYLE = {
 def save(figure: Figure, path: Path) -> list[Path]:
     """Write a figure as PDF and PNG, the endings put in turn, and close it."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    figure.draw_without_rendering()  # the layout once, not for each file
+    figure.set_layout_engine("none")
     files = [path.with_suffix(".pdf"), path.with_suffix(".png")]
     for file in files:
         figure.savefig(file, dpi=160)

@@ -27,7 +27,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 import tyro
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from curvlab import theory
@@ -54,6 +54,7 @@ class Preset:
     Attributes:
         examples: of the capability set, in checks that hold a dense matrix.
         train: images that the small networks are trained on.
+        epochs: of that training.
         width, depth: hidden width and number of layers of the small networks.
         seeds: of random models.
         thorough: whether checks that take long run over more settings.
@@ -61,6 +62,7 @@ class Preset:
 
     examples: int
     train: int
+    epochs: int
     width: int
     depth: int
     seeds: tuple[int, ...]
@@ -68,9 +70,9 @@ class Preset:
 
 
 PRESETS = {
-    "tiny": Preset(60, 600, 6, 3, (0,), False),
-    "smoke": Preset(200, 2000, 10, 3, (0, 1), False),
-    "default": Preset(1000, 10000, 16, 3, (0, 1, 2), True),
+    "tiny": Preset(60, 600, 25, 6, 3, (0,), False),
+    "smoke": Preset(200, 2000, 60, 10, 3, (0, 1), False),
+    "default": Preset(1000, 10000, 60, 16, 3, (0, 1, 2), True),
 }
 
 
@@ -146,9 +148,9 @@ def _network(lab: Lab, stage: Stage, activation: str, depth: int, width: int) ->
         train = lab.pair.pretrain_train
         images = subset(train, min(lab.preset.train, len(train)), 0)
         x, y = small(images.x), images.y
-        rounds = max(1, 600_000 // len(x))  # examples seen: sixty epochs of 10,000
-        epochs = max(1, rounds // 60) if stage == "half-trained" else rounds
-        pretrain(model, x, y, epochs=min(epochs, 60), lr=1e-2, seed=0, progress_desc=f"training, {activation}")
+        half = min(max(1, 10_000 // len(x)), lab.preset.epochs // 5)  # some 10,000 images seen
+        epochs = half if stage == "half-trained" else lab.preset.epochs
+        pretrain(model, x, y, epochs=epochs, lr=1e-2, seed=0, progress_desc=f"training, {activation}")
     return model.eval()
 
 
@@ -194,6 +196,8 @@ def claim_2(lab: Lab) -> Iterator[Check]:
             ("mlp", "gelu", "squared error"), ("conv", "tanh", "logistic"), ("sequence", "identity", "cross-entropy"),
         )[: 1 if tiny else 3]:  # fmt: skip
             setting = random_setting(kind, activation, loss, examples=6, width=4, seed=seed)  # type: ignore[arg-type]
+            if isinstance(setting.model, nn.Sequential):
+                setting.model[2] = nn.AvgPool2d(2)  # max-pooling has kinks
             yield theory.remainder_order.on(setting.name, *setting.arguments, seed=seed)
             yield theory.loss_difference_is_linear.on(setting.name, *setting.arguments, seed=seed)
             yield theory.bregman_is_kl.on(setting.name, *setting.arguments, seed=seed)
@@ -224,6 +228,10 @@ def claim_3(lab: Lab) -> Iterator[Check]:
             name = f"random factors, W {d_out} × {d_in}, repeated eigenvalues, seed {seed}"
             yield theory.kronecker_projection.on(name, A, S)
             yield theory.cut_inside_an_eigenspace.on(name, A, S)
+        inner, outer = ((1 / torch.arange(1.0, n + 1)).tolist() for n in (200, 300))
+        A, S = theory.random_factor(inner, 2 * seed), theory.random_factor(outer, 2 * seed + 1)
+        name = f"W 300 × 200, eigenvalues 1 / i, seed {seed}"
+        yield theory.kronecker_projection_of_large_layers.on(name, A, S)
     trained = lab.trained(n=min(lab.preset.examples, 200))
     kfac = KFAC.fit(trained.model, trained.loss, trained.data, "fc2", labels="exact").factors["fc2"]
     yield theory.kronecker_projection.on(f"{trained.name}, fc2", kfac.A, kfac.S)
@@ -239,6 +247,11 @@ def claim_4(lab: Lab) -> Iterator[Check]:
             yield theory.fisher_is_gauss_newton.on(setting.name, *setting.arguments)
             if kind == "mlp" or lab.preset.thorough:
                 yield theory.sampled_fisher_converges.on(setting.name, *setting.arguments)
+        for kind, loss in (
+            ("mlp", "cross-entropy"), ("mlp", "squared error"), ("mlp", "logistic"), ("sequence", "cross-entropy"),
+        ):  # fmt: skip
+            setting = random_setting(kind, "tanh", loss, examples=128, width=3, seed=seed)  # type: ignore[arg-type]
+            yield theory.sampled_fisher_is_unbiased.on(setting.name, *setting.arguments[:3], setting.layers[-1:])
         setting = random_setting("mlp", "tanh", "cross-entropy", examples=8, width=4, seed=seed)
         last = setting.layers[-1]
         yield theory.on_fitted_targets.on(setting.name, setting.model, setting.data, last)
@@ -369,6 +382,7 @@ def claim_11(lab: Lab) -> Iterator[Check]:
             setting = random_setting(kind, "tanh", seed=seed)
             yield theory.ekfac_best_diagonal.on(setting.name, *setting.arguments)
             yield theory.ekfac_best_diagonal.on(f"{setting.name}, data labels", *setting.arguments, labels="data")
+            yield theory.ekfac_best_diagonal.on(f"{setting.name}, with bias", *setting.arguments, bias=True)
     for stage in STAGES[2:] if tiny else STAGES:
         trained = lab.trained(stage, n=min(lab.preset.examples, 500))
         yield theory.ekfac_best_diagonal.on(trained.name, *trained.arguments)
@@ -401,7 +415,10 @@ def claim_13(lab: Lab) -> Iterator[Check]:
                 random_setting(kind, activation, loss, examples=6, width=4, seed=2 * seed + i)  # type: ignore[arg-type]
                 for i in (0, 1)
             )
-            yield theory.descent_in_the_null_space.on(own.name, own.model, own.loss, own.data, other.data, own.layers)
+            arguments = (own.model, own.loss, own.data, other.data, own.layers)
+            yield theory.descent_in_the_null_space.on(own.name, *arguments)
+            if kind != "sequence":
+                yield theory.descent_in_the_null_space.on(f"{own.name}, with bias", *arguments, bias=True)
     n = min(300, lab.preset.examples)
     trained, layers = lab.trained(n=n), ("fc2",)
     name = f"{trained.name}, fc2"
@@ -513,6 +530,10 @@ def claim_17(lab: Lab) -> Iterator[Check]:
             yield theory.labelled_inputs_suffice.on(name, setting.model, setting.data, layer, should=last)
             if not last:
                 yield theory.ignored_positions_count.on(name, setting.model, setting.data, layer)
+        setting = random_setting("sequence", "gelu", "cross-entropy", examples=6, width=4, depth=3, seed=seed)
+        for layer in setting.layers[::2]:
+            name = f"{layer} of {setting.name}, of different lengths"
+            yield theory.padding_counts_nothing.on(name, setting.model, setting.data, layer)
 
 
 def claim_18(lab: Lab) -> Iterator[Check]:

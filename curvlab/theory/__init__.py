@@ -18,12 +18,22 @@ from curvlab.theory.exactness import (
     kfac_exact_shared_curvature,
     kfac_with_shared_weights,
 )
-from curvlab.theory.fisher import empirical_fisher_differs, fisher_is_gauss_newton, sampled_fisher_converges
+from curvlab.theory.fisher import (
+    empirical_fisher_differs,
+    fisher_is_gauss_newton,
+    sampled_fisher_converges,
+    sampled_fisher_is_unbiased,
+)
 from curvlab.theory.fitted_targets import on_fitted_targets, while_fitting_targets
 from curvlab.theory.geometry import two_parameter_slice
 from curvlab.theory.guarantee import own_curvature_bound
 from curvlab.theory.guarantee_in_ggn import bound_exceeded_in_the_ggn, bound_in_the_ggn
-from curvlab.theory.kronecker import cut_inside_an_eigenspace, kronecker_projection, random_factor
+from curvlab.theory.kronecker import (
+    cut_inside_an_eigenspace,
+    kronecker_projection,
+    kronecker_projection_of_large_layers,
+    random_factor,
+)
 from curvlab.theory.layerwise import (
     curvatures_add_up_to_a_factor,
     exact_null_spaces_combine,
@@ -55,7 +65,7 @@ from curvlab.theory.tables import (
     robust_to_sample_size,
     tops_editing,
 )
-from curvlab.theory.unlabelled import ignored_positions_count, labelled_inputs_suffice
+from curvlab.theory.unlabelled import ignored_positions_count, labelled_inputs_suffice, padding_counts_nothing
 
 __all__ = [
     "LOSSES",
@@ -96,6 +106,7 @@ __all__ = [
     "kfac_exact_shared_curvature",
     "kfac_with_shared_weights",
     "kronecker_projection",
+    "kronecker_projection_of_large_layers",
     "labelled_inputs_suffice",
     "layers_do_not_interact",
     "layerwise_projection_keeps_more",
@@ -110,6 +121,7 @@ __all__ = [
     "operations_of_a_projection",
     "overlap_is_the_share",
     "own_curvature_bound",
+    "padding_counts_nothing",
     "piecewise_linear_head",
     "prediction_along_edits",
     "projected_descent_on_a_quadratic",
@@ -124,6 +136,7 @@ __all__ = [
     "robust_to_sample_size",
     "sample_is_as_good",
     "sampled_fisher_converges",
+    "sampled_fisher_is_unbiased",
     "samples_underestimate_boundedly",
     "sandwich",
     "sandwich_breaks",

@@ -72,7 +72,7 @@ def few_directions_hold_the_energy(
             "spectrum": _thinned(ordered / block.total),
         }  # fmt: skip
     if cases:
-        flat = magnitudes(_isotropic(min(chosen.d_in, 20), min(chosen.d_out, 20)))
+        flat = magnitudes(_isotropic(20, 20))
         cases.append(control("isotropic: energy in the top directions", top_share(flat, top), share, ">="))
     return Findings(cases, series)
 
@@ -128,12 +128,27 @@ def spectra_are_right(model: nn.Module, loss: Loss, data: Any, layer: str) -> Fi
         cases.append(Case(f"{name}: ‖U diag(σ) Uᵀ − C‖ / ‖C‖", relative(matrix(spectra[name]), C), bound))
         if name == "ggn":
             cases.append(control("twice the GGN", relative(matrix(spectra[name]), 2 * C), bound))
-    return Findings(cases)
+    return Findings(cases + _layouts(model, loss, data, layer) if cases else [])
 
 
 def magnitudes(spectrum: Spectrum) -> Tensor:
     """All |σ| of a spectrum (p,)."""
     return torch.cat([block.magnitudes.flatten() for block in spectrum.blocks])
+
+
+def _layouts(model: nn.Module, loss: Loss, data: Any, layer: str) -> list[Case]:
+    """The GGN with the bias as a column of W, in the library's three orders of parameters."""
+    (chosen,) = find_layers(model, layer, bias=True)
+    C = explicit.gauss_newton(model, loss, data, [chosen])
+    rows = torch.arange(len(C)).view(chosen.d_out, chosen.d_in)
+    weight = rows[:, :-1] if chosen.bias else rows
+    torch_order = torch.cat([weight.flatten(), rows[:, -1]]) if chosen.bias else weight.flatten()
+    orders = {"rows": rows.flatten(), "vec": explicit.vec(rows), "parameters": torch_order}
+    G, bound = GaussNewton.fit(model, loss, data, layer, bias=True), roundoff(C.dtype, len(C))
+    return [
+        Case(f"ggn with bias, order {name!r}", relative(G.dense(name), C[order][:, order]), bound)  # type: ignore[arg-type]
+        for name, order in orders.items()
+    ]
 
 
 def _excess(first: Tensor, second: Tensor) -> float:

@@ -34,16 +34,18 @@ def remainder_order(
     d(ŷ, ŷ0) has value and gradient zero at ŷ0, so the only second-order term is (Jδ)ᵀH_ŷ(Jδ)/2: ∇²ŷ is multiplied by a
     gradient that is zero, whether or not θ0 is a minimum. What comes next is of third order (of fourth, where the
     third derivatives cancel by symmetry). The remainder is a root mean square over random directions of all layers,
-    so that no zero of a single one spoils the fit.
+    so that no zero of a single one spoils the fit. Where it has kinks, `remainder_in_a_linear_region` applies.
 
     Control: a matrix wrong by a factor (1.1 G) and the empirical Fisher leave remainders of second order.
 
     Args:
-        model: float64, with smooth activations.
+        model: float64, with smooth activations; known kinks are refused.
         directions: random directions.
         largest: of ‖δ‖/‖θ‖; the smallest is four decades below.
         labels: of the matrix that is claimed to be G.
     """
+    if kinks := sorted(_kinks(model)):
+        raise ValueError(f"the model is not smooth: {', '.join(kinks)}; see remainder_in_a_linear_region")
     return _order(_rays(model, loss, data, layers, directions, seed), largest, DECADES, labels)
 
 
@@ -114,6 +116,15 @@ def loss_difference_is_linear(
     cases = [Case(f"{name}: |exponent − 1|", abs(slope - 1), 0.1) for name, slope in slopes.items()]
     wrong = _exponent(steps, [p.distance for p in points])
     return Findings([*cases, control("Bregman distance: |exponent − 1|", abs(wrong - 1), 0.1)], {"exponents": slopes})
+
+
+_KINKED = (nn.ReLU, nn.LeakyReLU, nn.ReLU6, nn.PReLU, nn.Hardtanh, nn.MaxPool1d, nn.MaxPool2d, nn.AdaptiveMaxPool2d)
+
+
+def _kinks(model: nn.Module) -> set[str]:
+    """What is not differentiable in a model, as far as its modules tell."""
+    kinked = {type(module).__name__ for module in model.modules() if isinstance(module, _KINKED)}
+    return kinked | {"relu" for module in model.modules() if getattr(module, "activation", None) == "relu"}
 
 
 def _rays(model: nn.Module, loss: Loss, data: Any, layers: str | Sequence[str], count: int, seed: int) -> Rays:

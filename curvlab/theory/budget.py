@@ -14,7 +14,7 @@ from curvlab.losses import Loss
 from curvlab.spectrum import KroneckerBasis, Spectrum
 from curvlab.theory import curvatures
 from curvlab.theory.check import Case, Findings, claim, control
-from curvlab.theory.paths import Measures, descend, flat, gradient
+from curvlab.theory.paths import Measures, descend, edit_gradient, flat
 
 Curve = list[tuple[float, float, float]]  # knob, measured KL, edit loss
 
@@ -73,6 +73,8 @@ def budget_in_measured_nats(
         return measures(descend(model, loss, edits, names, spectrum.ellipsoid(epsilon), rate, steps)[-1])["distance"]
 
     nats = share * measures(descend(model, loss, edits, names, None, rate, steps)[-1])["distance"]
+    if not nats > 0:  # the edits change no output on the capability set
+        return Findings([])
     uncorrected = measure(nats)
     epsilon, kl, calls = correct_epsilon(measure, nats)
     return Findings(
@@ -96,10 +98,10 @@ def learning_at_equal_kl(
     curvature (the edit loss is lower), damped or not.
 
     Empirical. Each knob (γ, ε, λ) is swept over edits of equally many steps; the edit loss is interpolated between
-    neighbouring values at three KL that both reach. In the quadratic model the null space is never better
-    (`budget_beats_cut_in_its_own_model`): a cut forbids a little of a sharp direction and allows all of one below it.
-    Damping adds one number to all eigenvalues: the cut, which only ranks them, does not see it, but the ellipsoid
-    becomes a ball. The penalty's step is implicit, Z / (1 + 2ηλσ), so that no λ is unstable.
+    neighbouring values at three KL that both reach, if there are such. In the quadratic model the null space is
+    never better (`budget_beats_cut_in_its_own_model`): a cut forbids a little of a sharp direction and allows all of
+    one below it. Damping adds one number to all eigenvalues: the cut, which only ranks them, does not see it, but the
+    ellipsoid becomes a ball. The penalty's step is implicit, Z / (1 + 2ηλσ), so that no λ is unstable.
 
     Control: a cut along random eigenvectors does not learn more than the null space.
 
@@ -110,6 +112,8 @@ def learning_at_equal_kl(
     """
     spectrum = curvatures.fitted(curvature, model, loss, data, layers)
     top = max(float(block.magnitudes.max()) for block in spectrum.blocks)
+    if top == 0:  # no output depends on the weights
+        return Findings([])
     used = {"": spectrum}
     if damping is not None:
         blocks = tuple(replace(b, values=b.magnitudes + damping * top) for b in spectrum.blocks)
@@ -134,11 +138,12 @@ def learning_at_equal_kl(
             ends = [(knob, descend(model, loss, own, names, c, rate, steps)[-1]) for knob, c in settings]
             curve = [(float(knob), measures(d)["distance"], learnt(d)["loss"]) for knob, d in ends]
             curves.setdefault(kind, []).append(curve)
-    gain = {kind: _mean_gain(curves, kind, "null space") for kind in curves}
+    gain = {kind: found for kind in curves if (found := _mean_gain(curves, kind, "null space")) is not None}
     name = "{} − null space: edit loss at equal measured KL"
-    cases = [Case(name.format(kind), gain[kind], 0.0, None) for kind in ("ellipsoid", "soft penalty")]
-    cases += [Case(name.format(kind), gain[kind], 0.0, None) for kind in gain if kind.endswith("damped")]
-    cases.append(control(name.format("random cut"), gain["random cut"], 0.0))
+    kinds = [kind for kind in gain if kind.startswith(("ellipsoid", "soft penalty"))]
+    cases = [Case(name.format(kind), gain[kind], 0.0, None) for kind in sorted(kinds, key=lambda k: "damped" in k)]
+    if cases and "random cut" in gain:
+        cases.append(control(name.format("random cut"), gain["random cut"], 0.0))
     return Findings(cases, {"curvature": curvature, "regime": regime, "curves": curves, "gain": gain})
 
 
@@ -180,7 +185,7 @@ def _start(
 ) -> tuple[Measures, list[str], float]:
     """Measures on the capability set, layer names, and the rate whose first step has the length step · ‖W‖."""
     found = find_layers(model, layers)
-    rate = step * float(flat(found).norm()) / float(gradient(model, loss, edits, found).norm())
+    rate = step * float(flat(found).norm()) / float(edit_gradient(model, loss, edits, found).norm())
     return Measures(model, loss, data, found), [layer.name for layer in found], rate
 
 
@@ -207,12 +212,15 @@ def at_kl(curve: Curve, kl: float) -> float:
     return float(np.interp(math.log(kl), np.array(x), np.array(y)))
 
 
-def _mean_gain(curves: dict[str, list[Curve]], kind: str, against: str) -> float:
-    """Mean over edit sets and KL of the edit loss of `kind` less that of `against`, at three KL that both reach."""
+def _mean_gain(curves: dict[str, list[Curve]], kind: str, against: str) -> float | None:
+    """Mean over edit sets and KL of the edit loss of `kind` less that of `against`, at three KL that both reach.
+
+    None where they have no KL in common.
+    """
     gains = []
     for one, other in zip(curves[kind], curves[against], strict=True):
         low = max(min(kl for _, kl, _ in curve) for curve in (one, other))
         high = min(max(kl for _, kl, _ in curve) for curve in (one, other))
         if low < high:
             gains += [at_kl(one, kl) - at_kl(other, kl) for kl in np.geomspace(max(low, high / 1000), high, 5)[1:4]]
-    return float(np.mean(gains)) if gains else math.nan
+    return float(np.mean(gains)) if gains and np.isfinite(gains).all() else None

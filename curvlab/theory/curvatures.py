@@ -21,18 +21,21 @@ FIVE = ("hessian", "ggn", "kfac", "ekfac", "covariance")
 
 
 def fitted(
-    name: str, model: nn.Module, loss: Loss, data: Any, layers: str | Sequence[str], leading: int | None = None
-) -> Spectrum:
+    name: str, model: nn.Module, loss: Loss, data: Any, layers: str | Sequence[str], leading: int | None = None,
+    bias: bool = False,
+) -> Spectrum:  # fmt: skip
     """One of the `FIVE`, labels in full; the covariance is scaled by tr(S)/d_out.
 
     Args:
         leading: only so many eigenpairs of the Hessian and the GGN, from products.
+        bias: join the biases to W.
     """
+    joint: dict[str, Any] = {"bias": True} if bias else {}
     if name in ("hessian", "ggn"):
         exact = Hessian if name == "hessian" else GaussNewton
-        return exact.fit(model, loss, data, layers).spectrum(k=leading)
+        return exact.fit(model, loss, data, layers, **joint).spectrum(k=leading)
     approximate: dict[str, Any] = {"kfac": KFAC, "ekfac": EKFAC, "covariance": Covariance}
-    spectrum: Spectrum = approximate[name].fit(model, loss, data, layers, labels="exact").spectrum()
+    spectrum: Spectrum = approximate[name].fit(model, loss, data, layers, labels="exact", **joint).spectrum()
     return spectrum
 
 

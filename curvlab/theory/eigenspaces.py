@@ -55,3 +55,8 @@ class Eigenspaces:
             return None
         cut = len(shares) - 1 - int((shares < gamma).sum())  # the level of σ_k, ascending
         return torch.arange(len(shares)) < cut
+
+    def after(self, k: int) -> Tensor | None:
+        """ψ of what is left when the eigenspaces of the k leading eigenvalues are removed; None if fewer are not 0."""
+        last = int(self.group[-k])
+        return torch.arange(len(self.levels)) < last if float(self.levels[last]) > 0 else None

@@ -137,6 +137,7 @@ def ekfac_best_diagonal(
     layers: str | Sequence[str] = "*",
     *,
     labels: Literal["exact", "data"] = "exact",
+    bias: bool = False,
 ) -> Findings:
     """EK-FAC is the best diagonal in K-FAC's basis: nowhere farther from G than K-FAC, with G's own trace.
 
@@ -147,10 +148,11 @@ def ekfac_best_diagonal(
 
     Args:
         labels: of G, K-FAC and EK-FAC alike: "exact" (the GGN) or "data" (the empirical Fisher).
+        bias: join the bias to W.
     """
     cases: list[Case] = []
     series = {}
-    for layer in find_layers(model, layers):
+    for layer in find_layers(model, layers, bias):
         if labels == "exact":
             G = explicit.gauss_newton(model, loss, data, [layer])
         else:
@@ -160,8 +162,8 @@ def ekfac_best_diagonal(
         size, trace = float(torch.linalg.matrix_norm(G)), float(G.trace())
         if size == 0:
             continue
-        kfac = KFAC.fit(model, loss, data, layer.name, labels=labels)
-        (block,) = EKFAC.fit(model, loss, data, layer.name, labels=labels).spectrum().blocks
+        kfac = KFAC.fit(model, loss, data, layer.name, labels=labels, bias=bias)
+        (block,) = EKFAC.fit(model, loss, data, layer.name, labels=labels, bias=bias).spectrum().blocks
         basis, factors = block.basis, kfac.factors[layer.name]
         assert isinstance(basis, KroneckerBasis)
         assert basis.u_out is not None

@@ -45,6 +45,11 @@ def jacobian(model: nn.Module, layers: Sequence[MatrixLayer], x: Tensor) -> Tens
     return jacrev(outputs(model, layers, x))(zero(layers)).detach()
 
 
+def responds(model: nn.Module, layer: MatrixLayer, data: Iterable[Any]) -> bool:
+    """Whether any output depends on the layer's weight: not where all inputs are zero or all units below are dead."""
+    return any(bool(jacobian(model, [layer], x).any()) for x, _ in data)
+
+
 def output_hessian(loss: Loss, y: Tensor, targets: Tensor) -> Tensor:
     """∂²ℓ/∂ŷ² of each term (N, T, C, C), by differentiating the loss itself twice."""
 

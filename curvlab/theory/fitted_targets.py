@@ -85,7 +85,7 @@ def while_fitting_targets(
         losses: where on the way both matrices are looked at.
         lr, steps: of full-batch Adam.
     """
-    model = copy.deepcopy(model)
+    model = copy.deepcopy(model).requires_grad_()
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     todo, reached, G, E = sorted(losses, reverse=True), [], [], []
     count = sum(len(y) for _, y in data)

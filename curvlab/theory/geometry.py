@@ -11,7 +11,7 @@ from curvlab.layers import find_layers
 from curvlab.losses import Loss
 from curvlab.theory import curvatures
 from curvlab.theory.check import Case, Findings, claim, control
-from curvlab.theory.paths import Measures, flat, gradient
+from curvlab.theory.paths import Measures, edit_gradient, flat, gradient
 
 
 @claim(18, "paper, Fig. 2")
@@ -39,8 +39,10 @@ def two_parameter_slice(
     (block,) = fit.blocks
     U, values = curvatures.eigenvectors(block), block.values.double()
     P, W = curvatures.cut(fit, gamma), float(flat(found).norm())
-    g = gradient(model, loss, edits, found).double()
+    g = edit_gradient(model, loss, edits, found).double()
     flat_part = P @ g
+    if not float(fit.blocks[0].total) > 0 or float(flat_part.norm()) <= 1e-9 * float(g.norm()):
+        return Findings([])  # nothing is sharp, or all of the gradient is removed
     sharp = U[:, int((values * (U.mT @ (g - flat_part)).square()).argmax())]
     plane = torch.stack([-sharp * torch.sign(sharp @ g), -flat_part / flat_part.norm()])
     measures, edit = Measures(model, loss, data, found), Measures(model, loss, edits, found)
@@ -58,6 +60,8 @@ def two_parameter_slice(
             "random": -(random @ (random.mT @ g)),
         }.items()
     }  # fmt: skip
+    if not kl["projected"] > 0:  # nor does it move any output on the capability set
+        return Findings([])
     cases = [
         Case("KL of the raw step / of the projected step", kl["raw"] / kl["projected"], 10.0, relation=">="),
         Case("the same within the plane", kl["raw in the plane"] / kl["projected"], 10.0, relation=">="),
@@ -78,10 +82,9 @@ def two_parameter_slice(
         name: _descend(model, loss, edits, found, plane, W, reach / steps, steps, along)
         for name, along in (("raw", slice(0, 2)), ("projected", slice(1, 2)))
     }
-    quotients = {
-        str(other): kl["raw"] / after(-curvatures.cut(fit, other) @ g, measures, "distance")
-        for other in (0.5, 0.9, 0.99, 0.999)
-    }
+    others = {other: -curvatures.cut(fit, other) @ g for other in (0.5, 0.9, 0.99, 0.999)}
+    costs = {o: after(d, measures, "distance") for o, d in others.items() if float(d.norm()) > 1e-9 * float(g.norm())}
+    quotients = {str(other): kl["raw"] / cost for other, cost in costs.items() if cost > 0}
     series = {
         "gamma": gamma, "quotient over γ": quotients, "sharp axis": sharps, "flat axis": flats,
         "surface": values_of, "descent": descent, "kl": kl, "gradient": (plane @ -g / g.norm()).tolist(), "step": size,

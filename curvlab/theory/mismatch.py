@@ -105,10 +105,17 @@ def samples_underestimate_boundedly(model: nn.Module, loss: Loss, data: Any, lay
 
     Args:
         n: the sample, the first n examples.
+
+    Raises:
+        ValueError: a sample without examples, or without a label that counts.
     """
     (chosen,) = find_layers(model, layer)
     count = _count(data)
+    if n < 1:
+        raise ValueError(f"the sample must have at least one example, got n = {n}")
     sample, rest = take(data, n), _rest(data, n)
+    if not explicit.terms(model, loss, sample, [chosen]):
+        raise ValueError(f"no label of the first {n} examples counts: the sample has no loss")
     whole = _plain(model, loss, data, chosen)
     (terms, positions), (m, p) = (_counts(model, loss, these, chosen) for these in (data, sample))
     factors = {"ggn": terms / m, "kfac": terms / m * positions / p, "covariance": positions / p}
@@ -121,7 +128,7 @@ def samples_underestimate_boundedly(model: nn.Module, loss: Loss, data: Any, lay
         excess = _top(part - factors[name] * C) / (factors[name] * size)
         bound = roundoff(explicit.zero([chosen]).dtype, len(C))
         cases.append(Case(f"{name}: largest eigenvalue of C_n − factor · C_N", excess, bound))
-        if name == "ggn" and 0 < n < count:
+        if name == "ggn" and n < count and explicit.terms(model, loss, rest, [chosen]):
             other = matrix(_spectrum(name, model, loss, rest, layer)).double()
             wrong = max(_top(part - C), _top(other - C)) / size
             cases.append(control("ggn: the same without the factor", wrong, bound))

@@ -42,7 +42,7 @@ def approximate_null_spaces_nest(
             first, second = (spectra[name].null_space(gamma) for name in (inner, outer))
             if first.kept:
                 series.setdefault(f"{inner} outside {outer}", {})[str(gamma)] = 1 - overlap(first, second)
-    if not series:
+    if not series or not spectra["kfac"].null_space(min(gammas)).removed:  # without curvature all is null
         return Findings([])
     outside = max(max(shares.values()) for shares in series.values())
     random = 1 - _random_share(spectra["kfac"].null_space(min(gammas)))

@@ -28,12 +28,12 @@ def null_space_inclusion(
     cases, series = [], {}
     for layer in find_layers(model, layers):
         null, rank = _unseen(model, layer, data)
-        if not rank:  # no input at all: every unit below is dead
-            continue
         G = GaussNewton.fit(model, loss, data, layer.name)
         dense = G.dense("rows")
         bound = roundoff(dense.dtype, layer.size)
         norm = float(torch.linalg.matrix_norm(dense, 2))
+        if not rank or norm == 0:  # no input at all, or no output that depends on the layer
+            continue
         range_, _ = explicit.range_and_null(dense, bound)
         series[layer.name] = {
             "null of the inputs": layer.d_out * null.shape[1],
@@ -77,6 +77,8 @@ def inclusion_strict_or_equal(model: nn.Module, data: Any, layer: str, *, classe
     for name, loss in (("squared error", SquaredError()), ("cross-entropy", CrossEntropy())):
         batches = [(x, _targets(model, x, name, classes, seed)) for x, _ in data]
         null, rank = _unseen(model, last, batches)
+        if not rank:  # no input at all: both null spaces are everything
+            return Findings([])
         dense = GaussNewton.fit(model, loss, batches, layer).dense("rows")
         range_, _ = explicit.range_and_null(dense, roundoff(dense.dtype, last.size))
         nullity = last.size - range_.shape[1]
@@ -109,7 +111,7 @@ def unseen_updates_change_nothing(
         W = layer.matrix()
         wrong = torch.randn(layer.d_out, layer.d_in, generator=generator).to(W)
         wrong *= torch.linalg.matrix_norm(W) / torch.linalg.matrix_norm(wrong)
-        if not null.shape[1]:
+        if not null.shape[1] or not explicit.responds(model, layer, data):
             continue
         Q = torch.randn(layer.d_out, null.shape[1], generator=generator).to(W) @ null.mT.to(W)
         Q *= torch.linalg.matrix_norm(W) / torch.linalg.matrix_norm(Q)

@@ -17,7 +17,7 @@ from curvlab.projector import NullSpace
 from curvlab.spectrum import Spectrum
 from curvlab.theory import curvatures, explicit
 from curvlab.theory.check import Case, Findings, claim, control, relative, roundoff
-from curvlab.theory.paths import flat, gradient, mean_loss
+from curvlab.theory.paths import flat, gradient, mean_loss, unfreeze
 
 OPTIMISERS = ("SGD", "momentum", "Adam", "SGD, weight decay")
 WAYS = ("gradient", "update", "eigenbasis")
@@ -26,7 +26,7 @@ WAYS = ("gradient", "update", "eigenbasis")
 @claim(13, "paper, Alg. 1; ours")
 def descent_in_the_null_space(
     model: nn.Module, loss: Loss, data: Any, edits: Any, layers: str | Sequence[str] = "*", *,
-    gamma: float = 0.9, curvature: str = "kfac", steps: int = 4, step: float = 0.02,
+    gamma: float = 0.9, curvature: str = "kfac", steps: int = 4, step: float = 0.02, bias: bool = False,
 ) -> Findings:  # fmt: skip
     """With projected gradients SGD and momentum stay in the γ-null space while Adam and weight decay leave it; a
     projected update, or descent in the eigenbasis, keeps all of them inside, a change of projector included.
@@ -46,8 +46,9 @@ def descent_in_the_null_space(
     Args:
         data: the capability set; edits: what is descended on, of the same kind.
         step: length of the first step over ‖W‖.
+        bias: join the biases to W.
     """
-    run = _prepare(model, loss, data, edits, layers, gamma, curvature, step)
+    run = _prepare(model, loss, data, edits, layers, gamma, curvature, step, bias)
     if run is None:
         return Findings([])
     bound = roundoff(run.dtype, len(run.P)) / step
@@ -145,10 +146,13 @@ class _Run:
         """δ after every step (steps, p), float64; `after` is handed the descent half-way."""
         model = copy.deepcopy(self.model)
         layers = constrained_layers(model, self.null)
+        unfreeze(layers)
         start = flat(layers)
         eigen = parametrize(model, self.null) if way == "eigenbasis" else None
         parameters = eigen.parameters() if eigen else [p for layer in layers for p in layer.parameters()]
         optimiser = self.optimiser(name, parameters)
+        if eigen:
+            eigen.attach(optimiser)
         by_hand = way == "gradient" and "decay" in name  # which `attach` refuses
         descent = eigen
         if eigen is None and not by_hand and way != "free":
@@ -174,11 +178,11 @@ class _Run:
 
 def _prepare(
     model: nn.Module, loss: Loss, data: Any, edits: Any, layers: str | Sequence[str], gamma: float, curvature: str,
-    step: float,
+    step: float, bias: bool = False,
 ) -> _Run | None:  # fmt: skip
     """None where there is nothing to tell: all of the edit gradient kept or removed, or a P that mixes no entries."""
-    found = find_layers(model, layers)
-    spectrum = curvatures.fitted(curvature, model, loss, data, layers)
+    found = find_layers(model, layers, bias)
+    spectrum = curvatures.fitted(curvature, model, loss, data, layers, bias=bias)
     null, P = spectrum.null_space(gamma), curvatures.cut(spectrum, gamma)
     g = gradient(model, loss, edits, found).double()
     inside, outside, W = float((P @ g).norm()), float((g - P @ g).norm()), float(flat(found).double().norm())
@@ -192,7 +196,8 @@ def _prepare(
 
 def _changed_projector(run: _Run, edits: Any, steps: int, bound: float) -> list[Case]:
     """Half-way the projector becomes that of the curvature on the edits; Δ from there on lies in the new space."""
-    other = curvatures.fitted("kfac", run.model, run.loss, edits, [layer.name for layer in run.found])
+    names, bias = [layer.name for layer in run.found], run.found[0].bias
+    other = curvatures.fitted("kfac", run.model, run.loss, edits, names, bias=bias)
     gamma = run.null.gamma or 0.9
     new, P = other.null_space(gamma), curvatures.cut(other, gamma)
     old = run.P @ run.gradient
@@ -212,6 +217,12 @@ def _changed_projector(run: _Run, edits: Any, steps: int, bound: float) -> list[
         Case(f"{name}, {way}: leakage after a change of projector", since(name, way, lambda d: d.replace(new)), bound)
         for name, way in (("momentum", "gradient"), ("Adam", "update"))
     ]
+    if new.coordinate_shapes == run.null.coordinate_shapes:
+        one, two = (
+            run.path("momentum", way, 2 * (steps // 2) + 2, lambda d: d.replace(new))
+            for way in ("eigenbasis", "gradient")
+        )
+        cases.append(Case("momentum: eigenbasis against projected gradients, P changed", relative(one, two), bound))
     return [
         *cases,
         control("momentum as it is after a change of projector", since("momentum", "gradient", kept), bound),

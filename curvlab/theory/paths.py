@@ -1,7 +1,7 @@
 """Edit paths: descent on an edit set, and what it costs on the capability set."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from curvlab.losses import Loss
 from curvlab.theory import explicit
 
 
-def mean_loss(model: nn.Module, loss: Loss, data: Any) -> Tensor:
+def mean_loss(model: Callable[[Tensor], Tensor], loss: Loss, data: Any) -> Tensor:
     """Mean over the loss terms, float64, differentiable."""
     total, terms = torch.zeros((), dtype=torch.float64), 0
     for x, y in explicit.batches(data):
@@ -31,10 +31,29 @@ def flat(layers: Sequence[MatrixLayer]) -> Tensor:
 
 
 def gradient(model: nn.Module, loss: Loss, data: Any, layers: Sequence[MatrixLayer]) -> Tensor:
-    """∂L/∂θ of the mean loss (p,)."""
-    parameters = [p for layer in layers for p in layer.parameters()]
-    raw = iter(torch.autograd.grad(mean_loss(model, loss, data), parameters))
-    return torch.cat([layer.matrix([next(raw) for _ in layer.parameters()]).flatten() for layer in layers])
+    """∂L/∂θ of the mean loss (p,), of frozen weights too."""
+    delta = explicit.zero(layers).requires_grad_()
+    (g,) = torch.autograd.grad(mean_loss(lambda x: explicit.outputs(model, layers, x)(delta), loss, data), delta)
+    return g.detach()
+
+
+def edit_gradient(model: nn.Module, loss: Loss, edits: Any, layers: Sequence[MatrixLayer]) -> Tensor:
+    """`gradient` on edits.
+
+    Raises:
+        ValueError: it is zero, because the edits are fitted already, say.
+    """
+    g = gradient(model, loss, edits, layers)
+    if not bool(g.any()):
+        raise ValueError("the edit loss has no gradient at θ0: nothing to descend")
+    return g
+
+
+def unfreeze(layers: Sequence[MatrixLayer]) -> None:
+    """Let gradients flow into the layers' parameters (of a copy)."""
+    for layer in layers:
+        for p in layer.parameters():
+            p.requires_grad_()
 
 
 def descend(
@@ -44,6 +63,7 @@ def descend(
     """δ after every step of gradient descent on the edits, updates obeying a constraint: (steps, p)."""
     model = copy.deepcopy(model)
     layers = constrained_layers(model, constraint) if constraint is not None else find_layers(model, names)
+    unfreeze(layers)
     optimiser = torch.optim.SGD([p for layer in layers for p in layer.parameters()], lr=rate)
     if constraint is not None:
         attach(model, optimiser, constraint, project="update")

@@ -32,8 +32,13 @@ def projected_descent_on_a_quadratic(Q: Tensor, C: Tensor, target: Tensor, epsil
     Control: SGD that is only scaled back onto the boundary ends elsewhere.
 
     Args:
-        Q, C: positive definite, positive semi-definite (p, p); target: t (p,); epsilon: less than ½ tᵀCt.
+        Q, C: positive definite, positive semi-definite (p, p), p ≥ 4; target: t (p,); epsilon: less than ½ tᵀCt.
+
+    Raises:
+        ValueError: fewer than four parameters: among so few Adam's fixed point may come near the optimum.
     """
+    if len(C) < 4:
+        raise ValueError(f"at least four parameters are needed to tell Adam's end from the optimum, got {len(C)}")
     best, _ = constrained_optimum(Q, C, target, epsilon)
     values = torch.linalg.eigvalsh(Q)
     steps = math.ceil(float(values[-1] / values[0]) * math.log(1 / TOLERANCE) * 1.5)

@@ -64,8 +64,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @claim(8, "ours")
 def sandwich_breaks(variant: str, settings: Iterable[Callable[[], Setting]], *, share: float = 1e-3) -> Findings:
-    """Null(A ⊗ S) ⊆ Null(G) needs S from H_ŷ in full and the expand form: with labels of the data, with few draws of
-    the model, or in the reduce form there are directions that K-FAC holds to be flat and the GGN does not.
+    """Null(A ⊗ S) ⊆ Null(G) has counterexamples where S is not from H_ŷ in full or the form is not expand: with labels
+    of the data, few draws of the model, or reduce there are settings with directions that K-FAC holds to be flat and
+    the GGN does not.
 
     One gradient an example spans one direction where H_ŷ has C − 1: with fewer examples than outputs of the layer S
     loses rank. The reduce form keeps an example's mean input alone, and the sum of its gradients: what cancels over

@@ -12,7 +12,7 @@ from curvlab.models import MLP, RunningMean
 Kind = Literal["mlp", "conv", "sequence"]
 Activation = Literal["relu", "tanh", "gelu", "identity"]
 LOSSES: dict[str, Loss] = {
-    "cross-entropy": CrossEntropy(), "squared error": SquaredError(), "logistic": BinaryCrossEntropy(),
+    "cross-entropy": CrossEntropy(), "squared error": SquaredError(scale=0.6), "logistic": BinaryCrossEntropy(),
 }  # fmt: skip
 _MODULES: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "gelu": nn.GELU, "identity": nn.Identity}
 
@@ -64,8 +64,8 @@ def random_setting(
         sizes = [width + 1] + [width] * (depth - 1) + [classes]
         if kind == "conv":
             model: nn.Module = nn.Sequential(
-                nn.Conv2d(2, width, 3), _MODULES[activation](), nn.MaxPool2d(2), nn.Flatten(),
-                nn.Linear(4 * width, classes),
+                nn.Conv2d(2, width, 3, stride=(2, 1), padding=(1, 0)), _MODULES[activation](), nn.MaxPool2d(2),
+                nn.Flatten(), nn.Linear(2 * width, classes),
             )  # fmt: skip
             x = torch.randn(examples, 2, 6, 6)
         elif kind == "sequence":

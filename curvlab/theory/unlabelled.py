@@ -47,6 +47,10 @@ def ignored_positions_count(
     }
     plain = {"ggn": G, "kfac": torch.kron(S, A), "covariance": torch.kron(torch.eye(len(S)).to(A), A)}
     cases = [Case(f"{n}: library against plain", relative(fitted[n], C), bound) for n, C in plain.items()]
+    q = explicit.loss_gradients(model, loss, masked, [chosen])
+    E, terms = q.mT @ q, explicit.terms(model, loss, masked, [chosen])
+    given = GaussNewton.fit(model, loss, masked, layer, labels="data").dense("rows")
+    cases.append(Case("empirical Fisher: library against plain", relative(given, E / terms), bound))
     unseen, part = _unseen(model, chosen, masked, 0), _unseen(model, chosen, masked, ignored)
     for N, kind in ((unseen, "all"), (part, "labelled")):
         if not N.shape[1]:
@@ -91,6 +95,56 @@ def labelled_inputs_suffice(
             control("random ΔW", _change(model, chosen, data, wrong, ignored), bound),
         ]
     )
+
+
+@claim(17, "ours")
+def padding_counts_nothing(model: nn.Module, data: Any, layer: str, *, ignore_index: int = -100) -> Findings:
+    """Sequences of different lengths, padded and masked, have the curvatures of the sequences one by one.
+
+    A padded position has no loss term, and its input belongs to no sum: A and the mean over an example's positions
+    count real positions alone, whatever stands in the others.
+
+    Control: the same batches without the mask, in the curvatures that hold A.
+
+    Args:
+        model: causal, (N, T, d) → (N, T, C).
+        data: inputs and class indices (N, T), T ≥ 2; every other sequence loses its last position.
+    """
+    (chosen,) = find_layers(model, layer)
+    loss = CrossEntropy(ignore_index)
+    single, padded = [], []
+    for x, y in data:
+        T = x.shape[1]
+        mask = torch.arange(T) < T - torch.arange(1, len(x) + 1)[:, None] % 2
+        single += [(x[i : i + 1, : int(n)], y[i : i + 1, : int(n)]) for i, n in enumerate(mask.sum(1))]
+        padded.append((x.where(mask[..., None], 3.0), y.where(mask, ignore_index), mask))
+    unmasked = [(x, y) for x, y, _ in padded]
+    G = explicit.gauss_newton(model, loss, single, [chosen])
+    if not bool(G.any()):
+        return Findings([])
+    truths = {"ggn": G}
+    for sharing in ("expand", "reduce"):
+        A, S = kfac_factors(model, loss, single, chosen, sharing)
+        truths[f"kfac, {sharing}"] = torch.kron(S, A)
+        if sharing == "expand":
+            truths["covariance"] = torch.kron(torch.eye(len(S)).to(A), A)
+
+    def fitted(name: str, batches: Any) -> Tensor:
+        if name == "ggn":
+            return GaussNewton.fit(model, loss, batches, layer).dense("rows")
+        if name == "covariance":
+            return matrix(Covariance.fit(model, loss, batches, layer).spectrum())
+        sharing: Any = name.removeprefix("kfac, ")
+        return matrix(KFAC.fit(model, loss, batches, layer, labels="exact", sharing=sharing).spectrum())
+
+    bound = roundoff(G.dtype, len(G))
+    cases = [Case(name, relative(fitted(name, padded), C), bound) for name, C in truths.items()]
+    wrong = [
+        control(f"{name}, without the mask", relative(fitted(name, unmasked), truths[name]), bound)
+        for name in truths
+        if name != "ggn"
+    ]
+    return Findings(cases + wrong)
 
 
 def _masked(data: Any, ignored: int, ignore_index: int) -> list[tuple[Tensor, Tensor]]:

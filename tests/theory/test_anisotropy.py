@@ -8,12 +8,13 @@ import pytest
 import torch
 from hypothesis import given
 from strategies import cases, random_settings
+from torch import nn
 
 from curvlab import theory
 from curvlab.curvature import EKFAC, KFAC, GaussNewton, ekfac, kfac
 from curvlab.losses import SquaredError
 from curvlab.models import MLP
-from curvlab.theory import Setting
+from curvlab.theory import Setting, curvatures
 from curvlab.theory.anisotropy import entropy_rank, participation, top_share
 
 
@@ -80,6 +81,25 @@ def test_one_example_is_sharp_in_all_but_the_covariance() -> None:
     covariance = check.series["covariance"]
     assert covariance["participation"] == pytest.approx(20)  # one eigenvalue, d_out times
     assert covariance["top share"] == pytest.approx(math.ceil(0.01 * covariance["parameters"]) / 20)
+
+
+def test_a_tiny_layer_does_not_spoil_the_control() -> None:
+    setting = theory.random_setting(width=1, classes=2)
+    check = theory.few_directions_hold_the_energy(setting.model, setting.loss, setting.data, "fc1")
+    assert check.passed, check.cases
+
+
+def test_eigenvalues_equal_up_to_the_rounding_of_their_statistics_are_cut_together() -> None:
+    """S = WᵀW = I of an orthogonal W, from float32 sums: each eigenvalue comes six times, not quite equal."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 6))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.linalg.qr(torch.randn(6, 6)).Q)
+    data = [(torch.randn(30, 5), torch.randn(30, 6))]
+    spectrum = KFAC.fit(model, SquaredError(), data, "0", labels="exact").spectrum()
+    removed = spectrum.null_space(0.5).removed
+    assert removed % 6 == 0
+    assert 30 - float(curvatures.cut(spectrum, 0.5).trace()) == pytest.approx(removed)
 
 
 def _swapped(honest: Callable[..., Any]) -> Callable[..., Any]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from curvlab import theory
 from curvlab.curvature import GaussNewton
 from curvlab.losses import BinaryCrossEntropy, CrossEntropy, SquaredError
-from curvlab.theory import Check, Setting
+from curvlab.theory import Check, Setting, bregman
 
 SMOOTH = ("tanh", "gelu", "identity")
 
@@ -25,6 +25,8 @@ def wrong(check: Check) -> list[object]:
 @cases(30)
 @given(random_settings(activations=SMOOTH, width=(2, 4)), st.integers(0, 2**31))
 def test_remainder(setting: Setting, seed: int) -> None:
+    if isinstance(setting.model, nn.Sequential):
+        setting.model[2] = nn.AvgPool2d(2)  # max-pooling has kinks
     check = theory.remainder_order(*setting.arguments, seed=seed, directions=3)
     assert check.passed, wrong(check)
 
@@ -77,10 +79,16 @@ def test_the_empirical_fisher_fed_in_is_rejected(loss: str) -> None:
     assert not theory.remainder_order(*setting.arguments, labels="data").passed
 
 
-def test_a_kink_on_the_way_is_found_out() -> None:
-    """ReLU claimed to be smooth over steps that switch units."""
+def test_a_kink_on_the_way_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ReLU claimed to be smooth is refused, and fails over steps that switch units."""
+    for kind, activation, kinks in (("mlp", "relu", "relu"), ("conv", "tanh", "MaxPool2d"), ("conv", "relu", "ReLU")):
+        setting = theory.random_setting(kind, activation, "squared error")  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=f"{kinks}.*remainder_in_a_linear_region"):
+            theory.remainder_order(*setting.arguments)
     setting = theory.random_setting("mlp", "relu", "squared error", width=6, examples=40)
-    assert not theory.remainder_order(*setting.arguments, largest=1.0).passed
+    with monkeypatch.context() as blind:
+        blind.setattr(bregman, "_kinks", lambda model: set())
+        assert not theory.remainder_order(*setting.arguments, largest=1.0).passed
     with pytest.raises(ValueError, match="compared nothing"):  # so many edges that the region is all rounding
         theory.remainder_in_a_linear_region(*setting.arguments)
     setting = theory.random_setting("mlp", "relu", "squared error", width=4, examples=4)

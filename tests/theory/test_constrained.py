@@ -16,7 +16,7 @@ from curvlab.models import MLP, pretrain
 from curvlab.projector import Ellipsoid
 from curvlab.spectrum import KroneckerBasis
 from curvlab.theory import Check, Setting, random_problem, random_setting
-from curvlab.theory.budget import at_kl, correct_epsilon
+from curvlab.theory.budget import _mean_gain, at_kl, correct_epsilon
 from curvlab.theory.constrained import constrained_optimum
 
 CURVATURES = ("hessian", "ggn", "kfac", "ekfac", "covariance")
@@ -33,7 +33,7 @@ def test_confine(setting: Setting, curvature: str, share: float, seed: int) -> N
 
 
 @cases(10)
-@given(st.integers(3, 9), st.integers(0, 2**31), st.booleans())
+@given(st.integers(4, 9), st.integers(0, 2**31), st.booleans())
 def test_quadratic_problem(size: int, seed: int, deficient: bool) -> None:
     check = theory.projected_descent_on_a_quadratic(*random_problem(size, seed, size - 1 if deficient else None))
     assert check.passed, check.cases
@@ -133,6 +133,47 @@ def test_slice(edited: tuple[Any, ...]) -> None:
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
     assert all(at[0] == 0 for at in check.series["descent"]["projected"])
     assert min(check.series["gradient"]) > 0  # both axes point downhill
+
+
+def test_few_parameters_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least four parameters"):
+        theory.projected_descent_on_a_quadratic(*random_problem(3, 0))
+
+
+def _on_edits(model: Any, loss: Any, data: Any, edits: Any) -> list[Any]:
+    """All claims that descend on edits, as calls."""
+    few: dict[str, Any] = {"steps": 3}
+    return [
+        lambda: theory.prediction_along_edits(model, loss, data, edits, **few, directions=1),
+        lambda: theory.two_parameter_slice(model, loss, data, edits, grid=3, **few),
+        lambda: theory.budget_in_measured_nats(model, loss, data, edits, **few),
+        lambda: theory.learning_at_equal_kl(model, loss, data, [edits], knobs=3, **few),
+    ]
+
+
+def test_fitted_edits_are_refused() -> None:
+    setting = random_setting("mlp", "tanh", "squared error")
+    with torch.no_grad():
+        fitted = [(x, setting.model(x)) for x, _ in setting.data]
+    for call in _on_edits(setting.model, setting.loss, setting.data, fitted):
+        with pytest.raises(ValueError, match="no gradient at θ0"):
+            call()
+
+
+def test_frozen_weights_are_descended_on_in_copies() -> None:
+    setting, edits = random_setting("mlp", "tanh"), random_setting("mlp", "tanh", seed=1).data
+    free = [call().row()["cases"] for call in _on_edits(setting.model, setting.loss, setting.data, edits)]
+    setting.model.requires_grad_(False)
+    frozen = [call().row()["cases"] for call in _on_edits(setting.model, setting.loss, setting.data, edits)]
+    assert frozen == free
+    assert theory.descent_in_the_null_space(setting.model, setting.loss, setting.data, edits).passed
+    assert not any(p.requires_grad for p in setting.model.parameters())
+
+
+def test_curves_without_a_common_kl_are_not_compared() -> None:
+    curves = {"one": [[(1.0, 1e-3, 2.0), (2.0, 1e-2, 1.0)]], "other": [[(1.0, 0.1, 2.0), (2.0, 0.5, 1.0)]]}
+    assert _mean_gain(curves, "one", "other") is None
+    assert _mean_gain(curves, "one", "one") == 0
 
 
 def failed(check: Check) -> set[str]:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from strategies import cases, random_settings
 from torch import Tensor
 
-from curvlab import theory
+from curvlab import losses, theory
 from curvlab.curvature import GaussNewton
 from curvlab.layers import find_layers
 from curvlab.losses import BinaryCrossEntropy, CrossEntropy, SquaredError
@@ -120,7 +120,7 @@ def test_a_broken_library_is_found_out(monkeypatch: pytest.MonkeyPatch, broken: 
     setting = theory.random_setting("mlp", "tanh", "cross-entropy", examples=8, width=3)
     fit = GaussNewton.fit.__func__  # type: ignore[attr-defined]
 
-    def empirical(cls: type, *args: Any, labels: str = "exact", **rest: Any) -> GaussNewton:
+    def empirical(cls: type, *args: Any, labels: str = "exact", store: bool = True, **rest: Any) -> GaussNewton:
         return fit(cls, *args, labels="data", **rest)  # type: ignore[no-any-return]
 
     def unscaled(
@@ -149,3 +149,20 @@ def test_uniform_labels_are_another_matrix() -> None:
     layers = find_layers(setting.model, "fc2")
     F, U = (fisher(setting.model, setting.loss, setting.data, layers, uniform=u) for u in (False, True))
     assert not torch.allclose(F, U)
+
+
+@pytest.mark.parametrize("kept", ["example", "batch"])
+@pytest.mark.parametrize("loss", ["cross-entropy", "squared error", "logistic"])
+def test_draws_alike_are_found_out(monkeypatch: pytest.MonkeyPatch, loss: str, kept: str) -> None:
+    """The same draws for every example, or for every batch."""
+    setting = theory.random_setting("mlp", "tanh", loss, examples=128, width=3)
+    arguments = (*setting.arguments[:3], setting.layers[-1])
+    assert theory.sampled_fisher_is_unbiased(*arguments).passed
+    for name in ("uniforms", "normals"):
+        honest = getattr(losses, name)
+        monkeypatch.setattr(
+            losses, name, lambda seed, draw, examples, *rest, honest=honest: honest(
+                seed, draw, examples * 0 if kept == "example" else examples - examples[0], *rest
+            ),
+        )  # fmt: skip
+    assert not theory.sampled_fisher_is_unbiased(*arguments).passed

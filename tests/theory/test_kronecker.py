@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from strategies import cases
 from torch import Tensor
@@ -23,6 +23,7 @@ VALUES = st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0, 3.0, 1e-3]), min_size=1, 
 @cases(150)
 @given(VALUES, VALUES, st.integers(0, 2**31))
 def test_projection(inner: list[float], outer: list[float], seed: int) -> None:
+    assume(any(inner) and any(outer))
     check = theory.kronecker_projection(random_factor(inner, seed), random_factor(outer, seed + 1))
     assert check.passed, [case for case in check.cases if not case.as_expected]
     assert check.verdict == "holds"
@@ -65,8 +66,16 @@ def test_known_projector() -> None:
 def test_predicates_that_part_equal_eigenvalues_are_left_out() -> None:
     """ψ on eigenvalues that differ by rounding only cannot be decided; nothing is then compared with it."""
     A, S = random_factor([2.0, 1.0 + 1e-11, 1.0]), random_factor([1.0])
-    check = theory.kronecker_projection(A, S, predicates={"between": lambda share: share > 0.5 + 2e-12}, gammas=(0.4,))
+    between = {"between": lambda share: share > 0.5 + 2e-12}
+    check = theory.kronecker_projection(A, S, predicates=between, gammas=(0.4,), ranks=())
     assert [case.name for case in check.cases] == ["γ = 0.4"]
+
+
+def test_factors_that_are_no_second_moments_are_refused() -> None:
+    good = random_factor([2.0, 1.0])
+    for A, S, name in ((random_factor([2.0, -1.0]), good, "A"), (good, 0 * good, "S")):
+        with pytest.raises(ValueError, match=f"{name} must be positive semi-definite and not zero"):
+            theory.kronecker_projection(A, S)
 
 
 def test_false_claims_are_rejected() -> None:
@@ -91,8 +100,10 @@ def test_a_broken_library_is_found_out(monkeypatch: pytest.MonkeyPatch, broken: 
         block = honest(*args)
         return Block(replace(block.basis, u_in=block.basis.u_in.flip(1)), block.values, block.total)
 
-    def by_rank(block: Block, gamma: float, k: None) -> projector.NullBlock:
+    def by_rank(block: Block, gamma: float | None, k: int | None) -> projector.NullBlock:
         null = honest_null(block, gamma, k)
+        if gamma is None:
+            return null
         order = block.magnitudes.flatten().argsort(descending=True, stable=True)
         shares = block.magnitudes.flatten()[order].cumsum(0) / block.total
         removed = torch.zeros(len(order), dtype=torch.bool)
@@ -104,3 +115,19 @@ def test_a_broken_library_is_found_out(monkeypatch: pytest.MonkeyPatch, broken: 
     else:
         monkeypatch.setattr(kfac, "kronecker_block", swapped if broken == "factors swapped" else flipped)
     assert not theory.kronecker_projection(A, S).passed
+
+
+def test_a_missing_strip_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    A, S = (random_factor((1 / torch.arange(1.0, n + 1)).tolist(), n) for n in (200, 300))
+    assert theory.kronecker_projection_of_large_layers(A, S).passed
+    honest = KroneckerBasis.filter
+
+    def short(self: KroneckerBasis, delta: Any, mask: Tensor, plan: Any) -> Any:
+        rows, columns = plan.strips[-1]
+        if len(plan.strips) > 1:
+            mask = mask.clone()
+            mask[..., rows, columns] = 0
+        return honest(self, delta, mask, plan)
+
+    monkeypatch.setattr(KroneckerBasis, "filter", short)
+    assert not theory.kronecker_projection_of_large_layers(A, S).passed

@@ -34,6 +34,16 @@ def test_samples_underestimate_boundedly(setting: Setting, n: int) -> None:
     assert all(case.as_expected for case in findings.cases), findings.cases
 
 
+def test_samples_without_a_loss_are_refused() -> None:
+    setting = theory.random_setting("sequence", "tanh", examples=4)
+    data = [(torch.cat([x for x, _ in setting.data]), torch.cat([y for _, y in setting.data]))]
+    data[0][1][:2] = -100
+    for n, message in ((0, "at least one example"), (2, "no label of the first 2 examples")):
+        with pytest.raises(ValueError, match=message):
+            theory.samples_underestimate_boundedly(setting.model, setting.loss, data, "fc1", n=n)
+    assert theory.samples_underestimate_boundedly(setting.model, setting.loss, data, "fc1", n=3).passed
+
+
 @cases(15)
 @given(random_settings(examples=(2, 6), width=(2, 4)), st.integers(1, 3))
 def test_no_estimate_beats_the_whole_set(setting: Setting, n: int) -> None:

@@ -1,5 +1,7 @@
 """Claim 1: Prop. 1 on random models, and false versions of it."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -43,6 +45,37 @@ def test_a_layer_that_sees_everything_leaves_nothing_to_check() -> None:
     data = [(torch.randn(9, 3).double(), torch.zeros(9, dtype=torch.long))]
     with pytest.raises(ValueError, match="compared nothing"):
         theory.unseen_updates_change_nothing(model, CrossEntropy(), data)
+
+
+def dead() -> tuple[MLP, CrossEntropy, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """No unit of the hidden layer is ever on."""
+    torch.manual_seed(0)
+    model = MLP([4, 3, 3], "relu").double()
+    torch.nn.init.constant_(model.fc1.bias, -100.0)  # type: ignore[arg-type, union-attr]
+    return model, CrossEntropy(), [(torch.randn(6, 4).double(), torch.arange(6) % 3)]
+
+
+@pytest.mark.parametrize("layer", ["fc1", "fc2"])
+@pytest.mark.parametrize(
+    "claim",
+    [
+        theory.null_space_inclusion, theory.unseen_updates_change_nothing, theory.piecewise_linear_head,
+        theory.approximate_null_spaces_nest, theory.small_steps_are_predicted,
+    ],
+    ids=lambda claim: claim.name,
+)  # fmt: skip
+def test_where_no_output_depends_on_the_weights_nothing_is_compared(claim: Any, layer: str) -> None:
+    with pytest.raises(ValueError, match="compared nothing"):
+        claim(*dead(), layer)
+
+
+def test_inputs_that_are_zero_leave_the_layer_out() -> None:
+    model, loss, ((x, y),) = dead()
+    torch.nn.init.ones_(model.fc1.bias)  # type: ignore[arg-type, union-attr]
+    for claim in (theory.null_space_inclusion, theory.unseen_updates_change_nothing, theory.piecewise_linear_head):
+        check = claim(model, loss, [(0 * x, y)])
+        assert check.passed, check.cases
+        assert not any(case.name.startswith("fc1") for case in check.cases)
 
 
 def test_a_wrong_curvature_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,8 +24,8 @@ def wrong(check: Check) -> list[object]:
 @cases(70)
 @given(random_settings(activations=("relu", "identity"), width=(2, 3), examples=(1, 4)))
 def test_piecewise_linear(setting: Setting) -> None:
-    check = theory.piecewise_linear_head(*setting.arguments)
-    assert check.passed, wrong(check)
+    findings = theory.piecewise_linear_head.function(*setting.arguments)  # no cases where all units are dead
+    assert all(case.as_expected for case in findings.cases), findings.cases
 
 
 @cases(30)

@@ -78,6 +78,20 @@ def _matrices(layers: Any, delta: torch.Tensor) -> list[torch.Tensor]:
     return [part.view(layer.d_out, layer.d_in) for layer, part in zip(layers, parts, strict=True)]
 
 
+def test_single_precision_is_refused() -> None:
+    with pytest.raises(ValueError, match="float64"):
+        theory.small_steps_are_predicted(*random_setting(dtype=torch.float32).arguments)
+
+
+def test_inputs_that_are_zero() -> None:
+    """Only the later layers' weights count; permuted features are the same features."""
+    setting = random_setting("mlp", "tanh")
+    data = [(0 * x, y) for x, y in setting.data]
+    check = theory.prediction_along_edits(setting.model, setting.loss, data, setting.data, steps=5, directions=1)
+    assert check.passed, check.cases
+    assert not any("permuted" in case.name for case in check.cases)
+
+
 def failed(check: Check) -> set[str]:
     return {case.name for case in check.cases if not case.as_expected}
 
@@ -111,7 +125,7 @@ def test_kfac_eigenvalues_for_ekfac_are_found_out(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_ggn_for_the_hessian_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    def ggn(cls: Any, model: Any, loss: Any, data: Any, layers: Any) -> Any:
+    def ggn(cls: Any, model: Any, loss: Any, data: Any, layers: Any, **_: Any) -> Any:
         return GaussNewton.fit(model, loss, data, layers)
 
     monkeypatch.setattr(Hessian, "fit", classmethod(ggn))
