@@ -111,6 +111,11 @@ class Lab:
     preset: Preset
 
     @property
+    def stages(self) -> tuple[Stage, ...]:
+        """Stages of training at which costly checks are made."""
+        return STAGES[2:] if self.config.preset == "tiny" else STAGES
+
+    @property
     def pair(self) -> ImagePair:
         return images(self.config.dataset, self.config.data)
 
@@ -204,7 +209,7 @@ def claim_2(lab: Lab) -> Iterator[Check]:
         for kind in ("mlp", "conv")[: 1 if tiny else 2]:
             setting = random_setting(kind, "relu", "cross-entropy", examples=6, width=4, seed=seed)  # type: ignore[arg-type]
             yield theory.remainder_in_a_linear_region.on(setting.name, *setting.arguments, seed=seed)
-    for stage in STAGES:
+    for stage in lab.stages:
         for activation in ("tanh", "gelu") if lab.preset.thorough else ("tanh",):
             setting = lab.trained(stage, activation)
             yield theory.remainder_order.on(setting.name, *setting.arguments)
@@ -255,7 +260,7 @@ def claim_4(lab: Lab) -> Iterator[Check]:
         setting = random_setting("mlp", "tanh", "cross-entropy", examples=8, width=4, seed=seed)
         last = setting.layers[-1]
         yield theory.on_fitted_targets.on(setting.name, setting.model, setting.data, last)
-    for stage in STAGES:
+    for stage in lab.stages:
         many = lab.trained(stage, n={"tiny": 1000, "smoke": 2000, "default": 16000}[lab.config.preset])
         layers = many.layers
         yield theory.empirical_fisher_differs.on(many.name, *many.arguments[:3], layers[1:])
@@ -315,7 +320,7 @@ def claim_8(lab: Lab) -> Iterator[Check]:
         ):  # fmt: skip
             setting = random_setting(kind, activation, loss, examples=3, width=6, seed=seed)  # type: ignore[arg-type]
             yield theory.sandwich.on(setting.name, *setting.arguments, seed=seed)
-    for stage in STAGES:
+    for stage in lab.stages:
         few = lab.trained(stage, n=20)
         yield theory.sandwich.on(few.name, *few.arguments[:3], few.layers[1:])
     for variant in theory.VARIANTS:
@@ -339,7 +344,7 @@ def claim_9(lab: Lab) -> Iterator[Check]:
             yield theory.approximate_null_spaces_nest.on(setting.name, *arguments)
             yield theory.one_curvature_nests.on(setting.name, *arguments)
             yield theory.overlap_is_the_share.on(setting.name, *arguments)
-    for stage in STAGES if lab.preset.thorough else ("random", "converged"):
+    for stage in lab.stages:
         setting = lab.trained(stage)
         name, arguments = f"fc2 of {setting.name}", (setting.model, setting.loss, setting.data, "fc2")
         yield theory.approximate_null_spaces_nest.on(name, *arguments)
@@ -357,7 +362,7 @@ def claim_10(lab: Lab) -> Iterator[Check]:
             setting = random_setting(kind, "tanh", loss, examples=8, width=4, seed=seed)
             yield theory.own_curvature_bound.on(setting.name, *setting.arguments)
             yield theory.bound_in_the_ggn.on(setting.name, *setting.arguments)
-    for stage in STAGES[2:] if tiny else STAGES:
+    for stage in lab.stages:
         trained = lab.trained(stage, n=min(lab.preset.examples, 300))
         layers = trained.layers if lab.preset.thorough else trained.layers[1:]
         if stage == "converged":
@@ -383,7 +388,7 @@ def claim_11(lab: Lab) -> Iterator[Check]:
             yield theory.ekfac_best_diagonal.on(setting.name, *setting.arguments)
             yield theory.ekfac_best_diagonal.on(f"{setting.name}, data labels", *setting.arguments, labels="data")
             yield theory.ekfac_best_diagonal.on(f"{setting.name}, with bias", *setting.arguments, bias=True)
-    for stage in STAGES[2:] if tiny else STAGES:
+    for stage in lab.stages:
         trained = lab.trained(stage, n=min(lab.preset.examples, 500))
         yield theory.ekfac_best_diagonal.on(trained.name, *trained.arguments)
 
@@ -473,7 +478,7 @@ def claim_15(lab: Lab) -> Iterator[Check]:
         ):  # fmt: skip
             setting = random_setting(kind, activation, loss, examples=6, width=4, seed=seed)  # type: ignore[arg-type]
             yield theory.small_steps_are_predicted.on(setting.name, *setting.arguments, seed=seed)
-    for stage in ("converged", "random"):
+    for stage in lab.stages[::2]:
         trained = lab.trained(stage)
         for layers in (("fc2",), trained.layers):
             for seed in lab.preset.seeds if lab.preset.thorough else (0,):
