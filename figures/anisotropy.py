@@ -3,16 +3,14 @@
 python figures/anisotropy.py results/verify_theory/checks.json
 """
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 
-from figures.style import STYLE, from_checks, save
+from figures.style import LINES, STYLE, from_checks, save
 
 STAGES = ("random", "half-trained", "converged")
-LINES = {"hessian": "-", "ggn": "--", "kfac": "-.", "ekfac": ":", "covariance": (0, (5, 1, 1, 1, 1, 1))}
 SMALLEST = 1e-8  # of the energy in one direction: below is round-off, or nothing to see
 
 
@@ -61,6 +59,4 @@ def _size(row: dict[str, Any]) -> int:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    from_checks(draw, "anisotropy.pdf", Path(sys.argv[1]))
+    from_checks(draw, "anisotropy.pdf", __doc__)

@@ -3,7 +3,6 @@
 python figures/bregman.py results/verify_theory/checks.json
 """
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +100,4 @@ def _reference(ax: Axes, size: np.ndarray, end: float, slope: int, above: bool =
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    from_checks(draw, "bregman.pdf", Path(sys.argv[1]))
+    from_checks(draw, "bregman.pdf", __doc__)

@@ -3,7 +3,6 @@
 python figures/budget.py results/verify_theory/checks.json
 """
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +58,4 @@ def draw(rows: list[dict[str, Any]], path: Path) -> list[Path]:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    from_checks(draw, "budget.pdf", Path(sys.argv[1]))
+    from_checks(draw, "budget.pdf", __doc__)

@@ -3,7 +3,6 @@
 python figures/coupling.py results/verify_theory/checks.json
 """
 
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -51,6 +50,4 @@ def draw(rows: list[dict[str, Any]], path: Path) -> list[Path]:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    from_checks(draw, "coupling.pdf", Path(sys.argv[1]))
+    from_checks(draw, "coupling.pdf", __doc__)

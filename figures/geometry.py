@@ -3,7 +3,6 @@
 python figures/geometry.py results/verify_theory/checks.json
 """
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +58,4 @@ def draw(rows: list[dict[str, Any]], path: Path) -> list[Path]:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    from_checks(draw, "geometry.pdf", Path(sys.argv[1]))
+    from_checks(draw, "geometry.pdf", __doc__)

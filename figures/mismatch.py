@@ -3,14 +3,12 @@
 python figures/mismatch.py results/verify_theory/checks.json
 """
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 
-from figures.anisotropy import LINES
-from figures.style import STYLE, from_checks, save
+from figures.style import LINES, STYLE, from_checks, save
 
 OTHERS = ("classes 0 to 4", "classes 5 to 9", "0 to 4, for 5 to 9", "the other task")
 STAGES = ("random", "converged")
@@ -54,6 +52,4 @@ def draw(rows: list[dict[str, Any]], path: Path) -> list[Path]:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    from_checks(draw, "mismatch.pdf", Path(sys.argv[1]))
+    from_checks(draw, "mismatch.pdf", __doc__)

@@ -3,14 +3,12 @@
 python figures/nesting.py results/verify_theory/checks.json
 """
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 
-from figures.anisotropy import LINES
-from figures.style import STYLE, from_checks, save
+from figures.style import LINES, STYLE, from_checks, save
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> list[Path]:
@@ -49,6 +47,4 @@ def draw(rows: list[dict[str, Any]], path: Path) -> list[Path]:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    from_checks(draw, "nesting.pdf", Path(sys.argv[1]))
+    from_checks(draw, "nesting.pdf", __doc__)

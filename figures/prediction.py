@@ -3,15 +3,13 @@
 python figures/prediction.py results/verify_theory/checks.json
 """
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 
-from figures.anisotropy import LINES
-from figures.style import STYLE, from_checks, save
+from figures.style import LINES, STYLE, from_checks, save
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> list[Path]:
@@ -68,6 +66,4 @@ def _ratio(point: dict[str, Any], name: str) -> float:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    from_checks(draw, "prediction.pdf", Path(sys.argv[1]))
+    from_checks(draw, "prediction.pdf", __doc__)

@@ -1,6 +1,7 @@
 """What all figures share: how each curvature is drawn, and how a figure is saved."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ STYLE = {
     "covariance": ("activation covariance", "#cc79a7", "D"),
 }
 
+LINES = {"hessian": "-", "ggn": "--", "kfac": "-.", "ekfac": ":", "covariance": (0, (5, 1, 1, 1, 1, 1))}
+
 
 def save(figure: Figure, path: Path) -> list[Path]:
     """Write a figure as PDF and PNG, the endings put in turn, and close it."""
@@ -35,6 +38,9 @@ def save(figure: Figure, path: Path) -> list[Path]:
     return files
 
 
-def from_checks(draw: Callable[[list[dict[str, Any]], Path], list[Path]], name: str, source: Path) -> None:
-    """`main` of a figure of the theory study: draw it from a checks.json, beside that file."""
+def from_checks(draw: Callable[[list[dict[str, Any]], Path], list[Path]], name: str, usage: str | None) -> None:
+    """`main` of a figure of the theory study: draw it from the checks.json on the command line, beside that file."""
+    if len(sys.argv) != 2:
+        sys.exit(usage)
+    source = Path(sys.argv[1])
     print(*draw(json.loads(source.read_text()), source.with_name(name)), sep="\n")

@@ -10,10 +10,10 @@ from curvlab.curvature import GaussNewton
 from curvlab.layers import find_layers
 from curvlab.losses import Loss, SquaredError
 from curvlab.models import MLP
-from curvlab.spectrum import KroneckerBasis, Spectrum
+from curvlab.spectrum import Spectrum
 from curvlab.theory import explicit
 from curvlab.theory.check import Case, Findings, claim, control, relative, roundoff
-from curvlab.theory.curvatures import five_matrices, five_spectra, matrix
+from curvlab.theory.curvatures import both, fitted, five_spectra, matrix
 
 DENSE = 1600  # parameters up to which the whole spectrum is computed; above, what the Hessian's and GGN's top needs
 
@@ -87,8 +87,7 @@ def ekfac_is_never_sharper(model: nn.Module, loss: Loss, data: Any, layer: str) 
 
     Control: the GGN against an isotropic spectrum, which is less sharp.
     """
-    spectra = five_spectra(model, loss, data, layer)
-    diagonal = magnitudes(spectra["ekfac"])
+    diagonal = magnitudes(fitted("ekfac", model, loss, data, layer))
     (chosen,) = find_layers(model, layer)
     exact = torch.linalg.eigvalsh(explicit.gauss_newton(model, loss, data, [chosen]).double()).clamp_min(0)
     if float(exact.sum()) == 0:
@@ -117,17 +116,16 @@ def spectra_are_right(model: nn.Module, loss: Loss, data: Any, layer: str) -> Fi
 
     Control: the GGN of a loss without its ½.
     """
-    spectra = five_spectra(model, loss, data, layer)
-    basis = spectra["ekfac"].blocks[0].basis
-    assert isinstance(basis, KroneckerBasis)
+    chosen = find_layers(model, layer)
+    bound = roundoff(explicit.zero(chosen).dtype, chosen[0].size)
     cases = []
-    for name, C in five_matrices(model, loss, data, layer, basis).items():
+    for name, spectrum, C in both(model, loss, data, chosen):
         if float(C.abs().max()) == 0:
             continue
-        bound = roundoff(C.dtype, len(C))
-        cases.append(Case(f"{name}: ‖U diag(σ) Uᵀ − C‖ / ‖C‖", relative(matrix(spectra[name]), C), bound))
+        found = matrix(spectrum)
+        cases.append(Case(f"{name}: ‖U diag(σ) Uᵀ − C‖ / ‖C‖", relative(found, C), bound))
         if name == "ggn":
-            cases.append(control("twice the GGN", relative(matrix(spectra[name]), 2 * C), bound))
+            cases.append(control("twice the GGN", relative(found, 2 * C), bound))
     return Findings(cases + _layouts(model, loss, data, layer) if cases else [])
 
 

@@ -3,21 +3,23 @@
 The matrices are in the layout "rows", in which K-FAC reads S ⊗ A.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from curvlab.curvature import EKFAC, KFAC, Covariance, GaussNewton, Hessian
-from curvlab.layers import LayerShape, find_layers, flatten, unflatten
+from curvlab.layers import LayerShape, MatrixLayer, flatten, unflatten
 from curvlab.losses import Loss
 from curvlab.projector import NullSpace
 from curvlab.spectrum import Block, KroneckerBasis, Spectrum
 from curvlab.theory import explicit
 from curvlab.theory.factors import kfac_factors
 
-FIVE = ("hessian", "ggn", "kfac", "ekfac", "covariance")
+Curvature = Literal["hessian", "ggn", "kfac", "ekfac", "covariance"]
+FIVE: tuple[Curvature, ...] = ("hessian", "ggn", "kfac", "ekfac", "covariance")
 
 
 def fitted(
@@ -46,25 +48,39 @@ def five_spectra(
     return {name: fitted(name, model, loss, data, layer, leading) for name in FIVE}
 
 
-def five_matrices(model: nn.Module, loss: Loss, data: Any, layer: str, basis: KroneckerBasis) -> dict[str, Tensor]:
-    """The same curvatures from the whole model's Jacobian and explicit Kronecker products.
+def both(
+    model: nn.Module, loss: Loss, data: Any, layers: Sequence[MatrixLayer], names: Sequence[Curvature] = FIVE
+) -> Iterator[tuple[Curvature, Spectrum, Tensor]]:
+    """Each curvature twice: the library's spectrum, and C (p, p) from the Jacobian of the whole model, float64.
 
-    Args:
-        basis: K-FAC's eigenvectors, for EK-FAC (in exact arithmetic any eigenvectors of K-FAC would do, but where
-            eigenvalues nearly repeat those of two computations differ).
+    Several layers jointly for the exact ones, one layer for the others. Of the spectrum only EK-FAC's C takes
+    anything, the eigenvectors: those of equal eigenvalues are free.
     """
-    (chosen,) = find_layers(model, layer)
-    G = explicit.gauss_newton(model, loss, data, [chosen])
-    A, S = kfac_factors(model, loss, data, chosen)
-    assert basis.u_out is not None
-    U = torch.kron(basis.u_out.contiguous(), basis.u_in.contiguous()).to(G)
-    return {
-        "hessian": explicit.loss_hessian(model, loss, data, [chosen]),
-        "ggn": G,
-        "kfac": torch.kron(S, A),
-        "ekfac": (U * (U.mT @ G @ U).diagonal()) @ U.mT,
-        "covariance": torch.kron(torch.eye(chosen.d_out).to(A), A) * (S.trace() / chosen.d_out),
-    }
+
+    @cache
+    def ggn() -> Tensor:
+        return explicit.gauss_newton(model, loss, data, layers).double()
+
+    @cache
+    def factors() -> tuple[Tensor, Tensor]:
+        (layer,) = layers
+        A, S = kfac_factors(model, loss, data, layer)
+        return A.double(), S.double()
+
+    for name in names:
+        spectrum = fitted(name, model, loss, data, [layer.name for layer in layers])
+        if name == "hessian":
+            C = explicit.loss_hessian(model, loss, data, layers).double()
+        elif name == "ggn":
+            C = ggn()
+        elif name == "ekfac":
+            (block,) = spectrum.blocks
+            U = eigenvectors(block)
+            C = (U * (U.mT @ ggn() @ U).diagonal()) @ U.mT
+        else:
+            A, S = factors()
+            C = torch.kron(S if name == "kfac" else torch.eye(len(S)).to(S) * (S.trace() / len(S)), A)
+        yield name, spectrum, C
 
 
 def eigenvectors(block: Block) -> Tensor:

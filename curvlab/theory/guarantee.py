@@ -1,23 +1,16 @@
 """Claim 10: what the γ-approximate null space of a curvature guarantees in its own curvature."""
 
-from collections.abc import Iterator, Sequence
-from functools import cache
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from curvlab.curvature import EKFAC, KFAC, Covariance, GaussNewton, Hessian
-from curvlab.layers import MatrixLayer, find_layers, flatten, unflatten
+from curvlab.layers import MatrixLayer, find_layers
 from curvlab.losses import Loss
-from curvlab.projector import NullSpace
-from curvlab.spectrum import KroneckerBasis, Spectrum
-from curvlab.theory import explicit
+from curvlab.spectrum import Spectrum
 from curvlab.theory.check import Case, Findings, claim, control, relative, roundoff
-from curvlab.theory.factors import kfac_factors
-
-Curvature = Literal["hessian", "ggn", "kfac", "ekfac", "covariance"]
-CURVATURES: tuple[Curvature, ...] = ("hessian", "ggn", "kfac", "ekfac", "covariance")
+from curvlab.theory.curvatures import FIVE, Curvature, both, projector
 
 
 @claim(10, "ours; paper, section 3.1")
@@ -28,7 +21,7 @@ def own_curvature_bound(
     layers: str | Sequence[str] = "*",
     *,
     gammas: Sequence[float] = (0.5, 0.9, 0.99),
-    curvatures: Sequence[Curvature] = CURVATURES,
+    curvatures: Sequence[Curvature] = FIVE,
 ) -> Findings:
     """In the γ-approximate null space of a curvature C no step meets more of C than |δᵀCδ| ≤ |σ_{k+1}| ‖δ‖².
 
@@ -70,7 +63,7 @@ def _own(
         space = spectrum.null_space(gamma)
         k = space.removed
         kept = float(sigma[k]) if k < len(sigma) else 0.0
-        P = projector(space, group)
+        P = projector(space)
         worst = float(torch.linalg.eigvalsh(P @ C @ P.mT).abs().max())
         # what the k-th eigenspace leaves behind, ties by rounding counted into it
         before = int((sigma > float(sigma[k - 1]) + bound * float(sigma[0])).sum())
@@ -89,53 +82,3 @@ def _own(
             gap = (worst - float(sigma[-1])) / float(sigma[0])
             out.append(("wrong end", control(f"{here}: against the smallest |σ|", gap, bound)))
     return out
-
-
-def both(
-    model: nn.Module, loss: Loss, data: Any, layers: Sequence[MatrixLayer], curvatures: Sequence[Curvature]
-) -> Iterator[tuple[Curvature, Spectrum, Tensor]]:
-    """Each curvature twice: the library's spectrum (labels in full), and C (p, p) from its definition, rows, float64.
-
-    Of the spectrum only EK-FAC's C takes anything, the eigenvectors: those of equal eigenvalues are free.
-    """
-    names = [layer.name for layer in layers]
-
-    @cache
-    def ggn() -> Tensor:
-        return explicit.gauss_newton(model, loss, data, layers).double()
-
-    @cache
-    def factors() -> tuple[Tensor, Tensor]:
-        (layer,) = layers
-        A, S = kfac_factors(model, loss, data, layer)
-        return A.double(), S.double()
-
-    for curvature in curvatures:
-        if curvature == "hessian":
-            spectrum = Hessian.fit(model, loss, data, names).spectrum()
-            C = explicit.loss_hessian(model, loss, data, layers).double()
-        elif curvature == "ggn":
-            spectrum, C = GaussNewton.fit(model, loss, data, names).spectrum(), ggn()
-        elif curvature == "kfac":
-            spectrum = KFAC.fit(model, loss, data, names, labels="exact").spectrum()
-            A, S = factors()
-            C = torch.kron(S, A)
-        elif curvature == "ekfac":
-            spectrum = EKFAC.fit(model, loss, data, names, labels="exact").spectrum()
-            basis = spectrum.blocks[0].basis
-            assert isinstance(basis, KroneckerBasis)
-            assert basis.u_out is not None
-            U = torch.kron(basis.u_out, basis.u_in).double()
-            C = U @ (U.mT @ ggn() @ U).diagonal().diag() @ U.mT
-        else:  # in the loss' units
-            spectrum = Covariance.fit(model, loss, data, names, labels="exact").spectrum()
-            A, S = factors()
-            C = torch.kron(torch.eye(len(S)).to(S), A) * (S.trace() / len(S))
-        yield curvature, spectrum, C
-
-
-def projector(space: NullSpace, layers: Sequence[MatrixLayer]) -> Tensor:
-    """P (p, p), rows, by projecting the unit vectors; float64."""
-    like = space.blocks[0].basis.like
-    eye = torch.eye(sum(layer.size for layer in layers), dtype=like.dtype)
-    return flatten(layers, space.project(unflatten(layers, eye))).double()

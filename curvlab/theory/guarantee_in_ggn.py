@@ -10,7 +10,7 @@ from curvlab.layers import MatrixLayer, find_layers
 from curvlab.losses import BinaryCrossEntropy, Loss
 from curvlab.theory import explicit
 from curvlab.theory.check import Case, Findings, claim, control, roundoff
-from curvlab.theory.guarantee import Curvature, both, projector
+from curvlab.theory.curvatures import Curvature, both, projector
 from curvlab.theory.setting import Setting, random_setting
 
 
@@ -49,7 +49,7 @@ def bound_in_the_ggn(
             for gamma in gammas:
                 space = spectrum.null_space(gamma)
                 kept = float(sigma[space.removed]) if space.removed < len(sigma) else 0.0
-                P = projector(space, [layer])
+                P = projector(space)
                 worst = float(torch.linalg.eigvalsh(P @ G @ P.mT)[-1])
                 apart = float(torch.linalg.matrix_norm(P @ (G - C) @ P.mT, 2))
                 name = f"{curvature}, {layer.name}, γ = {gamma:g}"
@@ -130,7 +130,7 @@ def _in_ggn(
     for curvature, spectrum, _ in both(model, loss, data, [layer], curvatures):
         for gamma in gammas:
             space = spectrum.null_space(gamma)
-            P = projector(space, [layer])
+            P = projector(space)
             left = spectrum.blocks[0].magnitudes[~space.blocks[0].removed]
             yield curvature, float(torch.linalg.eigvalsh(P @ G @ P.mT)[-1]), float(left.max()) if len(left) else 0.0
 

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from curvlab.layers import find_layers
 from curvlab.losses import Loss
 from curvlab.projector import NullSpace, overlap
-from curvlab.spectrum import KroneckerBasis, Spectrum
+from curvlab.spectrum import Spectrum
 from curvlab.theory.check import Case, Findings, claim, control, roundoff
-from curvlab.theory.curvatures import five_matrices, five_spectra, projector
+from curvlab.theory.curvatures import both, fitted, five_spectra, projector
 
 GAMMAS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999)
 
@@ -34,7 +35,7 @@ def approximate_null_spaces_nest(
     Args:
         should: whether the nesting is expected (it is on no model where the cuts fall differently).
     """
-    spectra = five_spectra(model, loss, data, layer)
+    spectra = {name: fitted(name, model, loss, data, layer) for name in ("covariance", "kfac", "ggn")}
     bound = max(_bound(spectrum) for spectrum in spectra.values())
     series: dict[str, dict[str, float]] = {}
     for inner, outer in (("covariance", "kfac"), ("kfac", "ggn")):
@@ -90,10 +91,9 @@ def overlap_is_the_share(
 
     Control: the share outside instead.
     """
-    spectra = five_spectra(model, loss, data, layer)
-    basis = spectra["ekfac"].blocks[0].basis
-    assert isinstance(basis, KroneckerBasis)
-    plain = {n: _Plain.of(C) for n, C in five_matrices(model, loss, data, layer, basis).items()}
+    found = list(both(model, loss, data, find_layers(model, layer)))
+    spectra = {name: spectrum for name, spectrum, _ in found}
+    plain = {name: _Plain.of(C) for name, _, C in found}
     tolerance = math.sqrt(max(_bound(spectrum) for spectrum in spectra.values()))
     errors, by_angles, wrong, series = [], [], [], []
     for gamma in gammas:

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from curvlab.curvature.kfac import kronecker_block
-from curvlab.layers import LayerShape, flatten, unflatten
-from curvlab.projector import NullSpace
+from curvlab.layers import LayerShape
 from curvlab.spectrum import Spectrum, eigh
 from curvlab.theory.check import Case, Findings, claim, control, roundoff
+from curvlab.theory.curvatures import projector
 
 
 @claim(16, "ours")
@@ -61,8 +61,8 @@ def bfloat16_bases(*, d_out: int = 12, d_in: int = 20, gamma: float = 0.9, seed:
     layer = LayerShape("layer", d_out, d_in, False)
     spectrum = Spectrum((kronecker_block(layer, A, S, None, 0),))
     space = spectrum.null_space(gamma)
-    P = _projector(space, layer)
-    stored = {dtype: _projector(space.to(dtype).to(torch.float64), layer) for dtype in (torch.bfloat16, torch.float32)}
+    P = projector(space)
+    stored = {dtype: projector(space.to(dtype)) for dtype in (torch.bfloat16, torch.float32)}
     bounds = {}
     for dtype in stored:
         u = torch.finfo(dtype).eps / 2
@@ -73,7 +73,7 @@ def bfloat16_bases(*, d_out: int = 12, d_in: int = 20, gamma: float = 0.9, seed:
     twice = {dtype: float(torch.linalg.matrix_norm(Q @ Q - Q, 2)) for dtype, Q in stored.items()}
     (block,) = spectrum.blocks
     turned = Spectrum((kronecker_block(layer, A.flip(0, 1), S.flip(0, 1), None, 0),))
-    other = float(torch.linalg.matrix_norm(_projector(turned.null_space(gamma), layer) - P, 2))
+    other = float(torch.linalg.matrix_norm(projector(turned.null_space(gamma)) - P, 2))
     # what the stored projector lets through of the removed directions, as curvature
     (cut,) = space.blocks
     C = torch.kron(S, A)
@@ -98,8 +98,3 @@ def _factor(d: int, generator: torch.Generator) -> Tensor:
     """A factor with eigenvalues i^−1.5 in a random basis."""
     q, _ = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64))
     return q @ torch.arange(1, d + 1, dtype=torch.float64).pow(-1.5).diag() @ q.mT
-
-
-def _projector(space: NullSpace, layer: LayerShape) -> Tensor:
-    eye = torch.eye(layer.size, dtype=torch.float64)
-    return flatten([layer], space.project(unflatten([layer], eye)))

@@ -98,7 +98,7 @@ def prediction_along_edits(
     """
     found = find_layers(model, layers)
     names = [layer.name for layer in found]
-    fits = {name: curvatures.fitted(name, model, loss, data, layers) for name in curvatures.FIVE}
+    fits: dict[str, Spectrum] = {name: curvatures.fitted(name, model, loss, data, layers) for name in curvatures.FIVE}
     if not sum(block.total for block in fits["ggn"].blocks) > 0:  # no output depends on the weights
         return Findings([])
     order = torch.randperm(data[0][0][0].numel(), generator=torch.Generator().manual_seed(9))

@@ -9,11 +9,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from curvlab.curvature.kfac import Factors, kronecker_block
-from curvlab.layers import LayerShape, flatten, unflatten
+from curvlab.layers import LayerShape
 from curvlab.losses import Scale
 from curvlab.projector import NullSpace
 from curvlab.spectrum import Spectrum, dense_spectrum
 from curvlab.theory.check import Case, Findings, claim, control
+from curvlab.theory.curvatures import projector
 
 Shape = tuple[int, int]  # (d_out, d_in)
 LLAMA: Shape = (4096, 14336)  # down_proj of Llama-3-8B
@@ -55,7 +56,7 @@ def storage_of_a_projection(*, shapes: Sequence[Shape] = SMALL, gamma: float = 0
             "factors": factors.A.numel() + factors.S.numel(),
             "bases": sum(t.numel() for t in block.basis.tensors().values()),
             "mask": block.removed.numel(),
-            "explicit projector": _projector(space).numel(),
+            "explicit projector": projector(space).numel(),
         }
         expected = entries(shape)
         name = f"{shape[0]} × {shape[1]}"
@@ -121,11 +122,6 @@ def _objects(shape: Shape, gamma: float, seed: int) -> tuple[Factors, NullSpace,
     space = Spectrum((kronecker_block(layer, factors.A, factors.S, None, 0),)).null_space(gamma)
     (dense,) = dense_spectrum(torch.kron(factors.S, factors.A), [layer], True).blocks
     return factors, space, sum(t.numel() for t in dense.basis.tensors().values())
-
-
-def _projector(space: NullSpace) -> Tensor:
-    (layer,) = space.layers
-    return flatten([layer], space.project(unflatten([layer], torch.eye(layer.size, dtype=torch.float64))))
 
 
 def _plain(u_out: Tensor, u_in: Tensor, kept: Tensor, Q: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from strategies import cases, random_settings
 from curvlab import projector, theory
 from curvlab.projector import NullBlock
 from curvlab.theory import Setting, random_setting
-from curvlab.theory.guarantee import CURVATURES, Curvature
+from curvlab.theory.curvatures import FIVE, Curvature
 
 GAMMAS = st.sampled_from([0.3, 0.5, 0.8, 0.9, 0.99, 0.9999])
 
@@ -20,7 +20,7 @@ SETTINGS = random_settings(dtypes=(torch.float32, torch.float64), width=(2, 4), 
 
 
 @cases(80)
-@given(SETTINGS, GAMMAS, st.sampled_from(CURVATURES))
+@given(SETTINGS, GAMMAS, st.sampled_from(FIVE))
 def test_own_curvature(setting: Setting, gamma: float, curvature: Curvature) -> None:
     try:
         check = theory.own_curvature_bound(*setting.arguments, gammas=[gamma], curvatures=[curvature])
@@ -30,7 +30,7 @@ def test_own_curvature(setting: Setting, gamma: float, curvature: Curvature) -> 
 
 
 @cases(40)
-@given(SETTINGS, GAMMAS, st.sampled_from(CURVATURES))
+@given(SETTINGS, GAMMAS, st.sampled_from(FIVE))
 def test_in_the_ggn(setting: Setting, gamma: float, curvature: Curvature) -> None:
     try:
         check = theory.bound_in_the_ggn(*setting.arguments, gammas=[gamma], curvatures=[curvature])
@@ -56,7 +56,7 @@ def test_one_example_keeps_the_bound() -> None:
     assert not theory.bound_exceeded_in_the_ggn(settings=[setting]).passed
 
 
-@pytest.mark.parametrize("curvature", CURVATURES)
+@pytest.mark.parametrize("curvature", FIVE)
 def test_a_direction_too_many_is_found_out(curvature: Curvature, monkeypatch: pytest.MonkeyPatch) -> None:
     """A null space that gives the largest eigenvalue's directions back."""
     honest = projector._null_block
