@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from figures import anisotropy, bregman, budget, cases, coupling, geometry, leakage, mismatch, nesting, prediction
 from figures.cases import KINDS, kind, ratio
@@ -129,14 +129,17 @@ def section(claim: int, rows: list[Row], pictures: list[Path]) -> str:
     return "\n\n".join(parts)
 
 
-def write(rows: list[Row], folder: Path) -> Path:
-    """Draw every figure into `folder` and write claims.md there: the ledger, then a section a claim."""
+def write(rows: list[Row], folder: Path, suffix: Literal[".pdf", ".png"] = ".pdf") -> Path:
+    """Draw every figure into `folder` and write claims.md there: the ledger, then a section a claim.
+
+    Figures are PNG, with `suffix` .pdf each is also a PDF.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     sections = []
     for claim in sorted({row["claim"] for row in rows}):
         own = [row for row in rows if row["claim"] == claim]
-        pictures = [file for name, draw in FIGURES.get(claim, []) for file in draw(own, folder / f"{name}.pdf")]
-        pictures = pictures or cases.draw(own, folder / f"claim_{claim:02}.pdf")
+        pictures = [file for name, draw in FIGURES.get(claim, []) for file in draw(own, folder / f"{name}{suffix}")]
+        pictures = pictures or cases.draw(own, folder / f"claim_{claim:02}{suffix}")
         sections.append(section(claim, own, pictures))
     origin = rows[0].get("origin", {})
     about = ", ".join(

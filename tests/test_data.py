@@ -48,7 +48,7 @@ def contents(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, np.ndarray]
     """Two tiny data sets that pass for the published ones, and no way to the network."""
     rng = np.random.default_rng(0)
     made: dict[str, dict[str, np.ndarray]] = {}
-    unpacked: dict[type[MNIST], dict[str, str]] = {}
+    unpacked: dict[str, dict[str, str]] = {}
     for kind in (MNIST, FashionMNIST):
         values: dict[str, np.ndarray] = {}
         for part, n in (("train", 50), ("t10k", 20)):
@@ -56,7 +56,7 @@ def contents(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, np.ndarray]
             values[f"{part}-labels-idx1-ubyte"] = (np.arange(n) % 10).astype(np.uint8)
         packed = {f"{name}.gz": gzip.compress(_idx(v), mtime=0) for name, v in values.items()}
         monkeypatch.setattr(kind, "resources", [(name, _md5(data)) for name, data in packed.items()])
-        unpacked[kind] = {name: _md5(_idx(v)) for name, v in values.items()}
+        unpacked[kind.__name__] = {name: _md5(_idx(v)) for name, v in values.items()}
         made[kind.__name__] = values
 
     def no_network(*_: object, **__: object) -> None:

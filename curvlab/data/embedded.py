@@ -14,8 +14,6 @@ import matplotlib
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -66,6 +64,9 @@ def embedded_digits(seed: int = 0, copies: int = 8, n_test: int = 450) -> tuple[
     `copies` times, once upright and otherwise slightly turned, shifted, scaled and slanted. Test originals
     are drawn once, upright. The result is kept in memory and shared: do not write into it.
     """
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     digits = load_digits()
     # Ink 0..16 to 0..1; float32 holds these exactly.
     images = torch.from_numpy(digits.images).float().unsqueeze(1) / 16

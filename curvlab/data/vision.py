@@ -15,26 +15,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
-from torchvision.datasets import MNIST, FashionMNIST
 
 from curvlab.data.embedded import RawSet, embedded_digits, embedded_letters
 from curvlab.storage import cache_folder
+
+if TYPE_CHECKING:  # torchvision takes two seconds to import, and is needed only where its files are read
+    from torchvision.datasets import MNIST
 
 _log = logging.getLogger("curvlab")
 
 # MD5 of the files once unpacked, for folders without the .gz; torchvision knows only the packed ones.
 _UNPACKED_MD5 = {
-    MNIST: {
+    "MNIST": {
         "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
         "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
         "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
         "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
     },
-    FashionMNIST: {
+    "FashionMNIST": {
         "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
         "train-labels-idx1-ubyte": "9018921c3c673c538a1fc5bad174d6f9",
         "t10k-images-idx3-ubyte": "8181f5470baa50b63fa0f6fddb340f0a",
@@ -105,6 +107,8 @@ def load_pair(dataset: Literal["auto", "mnist", "embedded"] = "auto", root: str 
         raise ValueError(f"unknown dataset {dataset!r}; choose auto, mnist or embedded")
     if dataset == "embedded":
         return _embedded_pair()
+    from torchvision.datasets import MNIST, FashionMNIST
+
     given = root or os.environ.get("CURVLAB_DATA") or None
     try:
         folder = None if given is None else Path(given).expanduser()
@@ -169,9 +173,9 @@ def _standardise(raw: RawSet, name: str, mean: float, std: float) -> ImageSet:
     return ImageSet(x, raw.labels.clone(), name, digest.hexdigest())
 
 
-def _raw(kind: type[MNIST], root: Path | None) -> tuple[RawSet, RawSet]:
+def _raw(kind: "type[MNIST]", root: Path | None) -> tuple[RawSet, RawSet]:
     """Train and test set of one torchvision dataset, from root, or without one from cache or network."""
-    unpacked = _UNPACKED_MD5[kind]
+    unpacked = _UNPACKED_MD5[kind.__name__]
     if root is None:
         folder = _in_cache(kind, source=None)
     elif not _missing(kind, root, unpacked):
@@ -190,13 +194,13 @@ def _raw(kind: type[MNIST], root: Path | None) -> tuple[RawSet, RawSet]:
     return RawSet(train.data, train.targets), RawSet(test.data, test.targets)
 
 
-def _in_cache(kind: type[MNIST], source: Path | None) -> Path:
+def _in_cache(kind: "type[MNIST]", source: Path | None) -> Path:
     """The cache's root holding this dataset unpacked; filled from `source`'s packed files, or the network."""
     cache = cache_folder()
     # Named after the contents, so that other files never meet under one name.
     key = hashlib.md5("".join(md5 for _, md5 in kind.resources).encode(), usedforsecurity=False).hexdigest()
     final = cache / f"{kind.__name__}-{key[:12]}"
-    if not _missing(kind, final, _UNPACKED_MD5[kind]):
+    if not _missing(kind, final, _UNPACKED_MD5[kind.__name__]):
         return final
     if source is None and not any(_reachable(mirror + kind.resources[0][0]) for mirror in kind.mirrors):
         raise FileNotFoundError(
@@ -214,7 +218,7 @@ def _in_cache(kind: type[MNIST], source: Path | None) -> Path:
     with aside as name:
         staged = Path(name) / "root"
         _unpack(kind, source, staged)
-        if final.is_dir() and _missing(kind, final, _UNPACKED_MD5[kind]):
+        if final.is_dir() and _missing(kind, final, _UNPACKED_MD5[kind.__name__]):
             shutil.rmtree(final)
         try:
             staged.rename(final)
@@ -225,7 +229,7 @@ def _in_cache(kind: type[MNIST], source: Path | None) -> Path:
     return final
 
 
-def _unpack(kind: type[MNIST], source: Path | None, root: Path) -> None:
+def _unpack(kind: "type[MNIST]", source: Path | None, root: Path) -> None:
     """Fill `root` with the dataset unpacked, from `source`'s packed files or from the network."""
     if source is not None:
         _files(kind, root).mkdir(parents=True)
@@ -246,15 +250,15 @@ def _unpack(kind: type[MNIST], source: Path | None, root: Path) -> None:
         (_files(kind, root) / name).unlink()
 
 
-def _files(kind: type[MNIST], root: Path) -> Path:
+def _files(kind: "type[MNIST]", root: Path) -> Path:
     return root / kind.__name__ / "raw"
 
 
-def _missing(kind: type[MNIST], root: Path, names: dict[str, str]) -> list[str]:
+def _missing(kind: "type[MNIST]", root: Path, names: dict[str, str]) -> list[str]:
     return [name for name in names if not (_files(kind, root) / name).is_file()]
 
 
-def _check_md5(kind: type[MNIST], root: Path, expected: dict[str, str]) -> None:
+def _check_md5(kind: "type[MNIST]", root: Path, expected: dict[str, str]) -> None:
     for name, md5 in expected.items():
         path = _files(kind, root) / name
         with path.open("rb") as file:

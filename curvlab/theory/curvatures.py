@@ -32,13 +32,29 @@ def fitted(
         leading: only so many eigenpairs of the Hessian and the GGN, from products.
         bias: join the biases to W.
     """
-    joint: dict[str, Any] = {"bias": True} if bias else {}
     if name in ("hessian", "ggn"):
         exact = Hessian if name == "hessian" else GaussNewton
-        return exact.fit(model, loss, data, layers, **joint).spectrum(k=leading)
+        return exact.fit(model, loss, data, layers, bias=bias).spectrum(k=leading)
     approximate: dict[str, Any] = {"kfac": KFAC, "ekfac": EKFAC, "covariance": Covariance}
-    spectrum: Spectrum = approximate[name].fit(model, loss, data, layers, labels="exact", **joint).spectrum()
+    spectrum: Spectrum = approximate[name].fit(model, loss, data, layers, labels="exact", bias=bias).spectrum()
     return spectrum
+
+
+def estimate(name: str, model: nn.Module, loss: Loss, data: Any, layer: str) -> Spectrum:
+    """As `fitted`, but the covariance as it is, I ⊗ A: its scale depends on the data, too."""
+    if name == "covariance":
+        return Covariance.fit(model, loss, data, layer).spectrum()
+    return fitted(name, model, loss, data, layer)
+
+
+def plain(model: nn.Module, loss: Loss, data: Any, layer: MatrixLayer) -> dict[str, Tensor]:
+    """GGN, S ⊗ A and I ⊗ A of one layer (p, p) from the Jacobian of the whole model, float64."""
+    A, S = (factor.double() for factor in kfac_factors(model, loss, data, layer))
+    return {
+        "ggn": explicit.gauss_newton(model, loss, data, [layer]).double(),
+        "kfac": torch.kron(S, A),
+        "covariance": torch.kron(torch.eye(len(S)).to(A), A),
+    }
 
 
 def five_spectra(

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, hessian, jacrev, vmap
+from torch.func import functional_call, jacrev
 
-from curvlab.layers import Matrices, MatrixLayer, flatten, unflatten
+from curvlab.layers import MatrixLayer, unflatten
 from curvlab.losses import Loss
 
 
@@ -51,12 +51,12 @@ def responds(model: nn.Module, layer: MatrixLayer, data: Iterable[Any]) -> bool:
 
 
 def output_hessian(loss: Loss, y: Tensor, targets: Tensor) -> Tensor:
-    """∂²ℓ/∂ŷ² of each term (N, T, C, C), by differentiating the loss itself twice."""
-
-    def one(o: Tensor, t: Tensor) -> Tensor:
-        return loss.value(o[None, None], t[None, None]).sum()
-
-    return vmap(vmap(hessian(one)))(y.detach(), targets)
+    """∂²ℓ/∂ŷ² of each term (N, T, C, C), by differentiating the loss itself twice; a term has an output of its own."""
+    with torch.enable_grad():
+        y = y.detach().requires_grad_()
+        (g,) = torch.autograd.grad(loss.value(y, targets).sum(), y, create_graph=True)
+        rows = [torch.autograd.grad(entry.sum(), y, retain_graph=True)[0] for entry in g.unbind(-1)]
+    return torch.stack(rows, -2)
 
 
 def terms(model: nn.Module, loss: Loss, data: Iterable[Any], layers: Sequence[MatrixLayer]) -> int:
@@ -93,18 +93,7 @@ def loss_hessian(model: nn.Module, loss: Loss, data: Iterable[Any], layers: Sequ
         parts = [loss.value(outputs(model, layers, x)(delta), y).sum() for x, y in batches(data)]
         return torch.stack(parts).sum()
 
-    return hessian(total)(zero(layers)).detach() / terms(model, loss, data, layers)
-
-
-@torch.no_grad()
-def bregman(model: nn.Module, loss: Loss, data: Iterable[Any], layers: Sequence[MatrixLayer], delta: Matrices) -> float:
-    """Mean Bregman distance d(f(θ0 + δ), f(θ0)) over the loss terms, from its definition: three terms, float64."""
-    v, total = flatten(layers, delta), 0.0
-    for x, y in batches(data):
-        f = outputs(model, layers, x)
-        after, before = f(v), f(zero(layers))
-        total += float(loss.bregman(after.double(), before.double(), y).sum())
-    return total / terms(model, loss, data, layers)
+    return jacrev(jacrev(total))(zero(layers)).detach() / terms(model, loss, data, layers)
 
 
 def layer_inputs(model: nn.Module, layer: MatrixLayer, data: Iterable[Any]) -> Tensor:

@@ -6,15 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvlab.curvature import KFAC, Covariance, GaussNewton
+from curvlab.curvature import GaussNewton
 from curvlab.layers import MatrixLayer, find_layers
 from curvlab.losses import Loss
 from curvlab.projector import NullSpace, overlap
-from curvlab.spectrum import Spectrum
 from curvlab.theory import explicit
 from curvlab.theory.check import Case, Findings, claim, control, roundoff
-from curvlab.theory.curvatures import matrix, projector
-from curvlab.theory.factors import kfac_factors
+from curvlab.theory.curvatures import estimate, matrix, plain, projector
 
 ESTIMATES = ("ggn", "kfac", "covariance")
 
@@ -116,7 +114,7 @@ def samples_underestimate_boundedly(model: nn.Module, loss: Loss, data: Any, lay
     sample, rest = take(data, n), _rest(data, n)
     if not explicit.terms(model, loss, sample, [chosen]):
         raise ValueError(f"no label of the first {n} examples counts: the sample has no loss")
-    whole = _plain(model, loss, data, chosen)
+    whole = plain(model, loss, data, chosen)
     (terms, positions), (m, p) = (_counts(model, loss, these, chosen) for these in (data, sample))
     factors = {"ggn": terms / m, "kfac": terms / m * positions / p, "covariance": positions / p}
     cases = []
@@ -124,12 +122,12 @@ def samples_underestimate_boundedly(model: nn.Module, loss: Loss, data: Any, lay
         size = float(torch.linalg.matrix_norm(C, 2))
         if size == 0:
             continue
-        part = matrix(_spectrum(name, model, loss, sample, layer)).double()
+        part = matrix(estimate(name, model, loss, sample, layer)).double()
         excess = _top(part - factors[name] * C) / (factors[name] * size)
         bound = roundoff(explicit.zero([chosen]).dtype, len(C))
         cases.append(Case(f"{name}: largest eigenvalue of C_n − factor · C_N", excess, bound))
         if name == "ggn" and n < count and explicit.terms(model, loss, rest, [chosen]):
-            other = matrix(_spectrum(name, model, loss, rest, layer)).double()
+            other = matrix(estimate(name, model, loss, rest, layer)).double()
             wrong = max(_top(part - C), _top(other - C)) / size
             cases.append(control("ggn: the same without the factor", wrong, bound))
     return Findings(cases, {"examples": n, "of": count})
@@ -143,7 +141,7 @@ def _let_through(
     values, trace = torch.linalg.eigvalsh(G).flip(0).clamp_min(0), float(G.trace())
     found = {}
     for name in ESTIMATES:
-        whole, part = (_spectrum(name, model, loss, d, layer).null_space(gamma) for d in (capability, sample))
+        whole, part = (estimate(name, model, loss, d, layer).null_space(gamma) for d in (capability, sample))
         if trace == 0 or not whole.removed or not part.removed:
             continue
         found[name] = {
@@ -154,23 +152,6 @@ def _let_through(
             "null inside its null": overlap(part, whole) if part.kept else 1.0,
         }  # fmt: skip
     return found, values
-
-
-def _spectrum(name: str, model: nn.Module, loss: Loss, data: Any, layer: str) -> Spectrum:
-    if name == "ggn":
-        return GaussNewton.fit(model, loss, data, layer).spectrum()
-    if name == "kfac":
-        return KFAC.fit(model, loss, data, layer, labels="exact").spectrum()
-    return Covariance.fit(model, loss, data, layer).spectrum()
-
-
-def _plain(model: nn.Module, loss: Loss, data: Any, layer: MatrixLayer) -> dict[str, Tensor]:
-    A, S = (factor.double() for factor in kfac_factors(model, loss, data, layer))
-    return {
-        "ggn": explicit.gauss_newton(model, loss, data, [layer]).double(),
-        "kfac": torch.kron(S, A),
-        "covariance": torch.kron(torch.eye(len(S)).to(A), A),
-    }
 
 
 def _count(data: Any) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import hessian
+from torch.func import jacrev
 
 from curvlab.curvature import GaussNewton, Hessian
 from curvlab.layers import MatrixLayer, find_layers
@@ -119,7 +119,7 @@ def residual_term(model: nn.Module, loss: Loss, data: Any, layers: Sequence[Matr
         f = explicit.outputs(model, layers, x)
         y0 = f(explicit.zero(layers)).detach().requires_grad_()
         (g,) = torch.autograd.grad(loss.value(y0, targets).sum(), y0)
-        total = total + hessian(lambda delta, f=f, g=g: (g * f(delta)).sum())(explicit.zero(layers)).detach()
+        total = total + jacrev(jacrev(lambda delta, f=f, g=g: (g * f(delta)).sum()))(explicit.zero(layers)).detach()
     return total / explicit.terms(model, loss, data, layers)
 
 

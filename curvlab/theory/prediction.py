@@ -4,8 +4,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import torch
-from scipy.stats import pearsonr, spearmanr
 from torch import Tensor, nn
 
 from curvlab.curvature import EKFAC, GaussNewton
@@ -124,7 +125,7 @@ def prediction_along_edits(
         return max(abs(point["measured"] / (scale * point["predicted"][name]) - 1) for point in small)
 
     def rank(measured: str) -> float:
-        return float(spearmanr([q["predicted"]["ggn"] for q in edit], [q[measured] for q in edit])[0])
+        return _rank_correlation([q["predicted"]["ggn"] for q in edit], [q[measured] for q in edit])
 
     cases = [Case("ggn, small random δ: |measured / predicted − 1|", off("ggn"), 0.05)]
     for name in curvatures.FIVE if converged else curvatures.FIVE[1:]:
@@ -199,9 +200,15 @@ def _agreement(points: Sequence[dict[str, Any]], name: str) -> dict[str, float]:
     y = torch.tensor([q["measured"] for q in usable], dtype=torch.float64).log()
     slope = float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
     return {
-        "spearman": float(spearmanr([q["predicted"][name] for q in points], [q["measured"] for q in points])[0]),
-        "pearson": float(pearsonr(x, y)[0]), "slope": slope, "positive": len(usable) / len(points),
+        "spearman": _rank_correlation([q["predicted"][name] for q in points], [q["measured"] for q in points]),
+        "pearson": float(np.corrcoef(x, y)[0, 1]), "slope": slope, "positive": len(usable) / len(points),
     }  # fmt: skip
+
+
+def _rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
+    """Spearman's ρ, ties at their mean rank; not a number where one of them is constant."""
+    with np.errstate(invalid="ignore"):
+        return float(np.corrcoef(pd.Series(x).rank(), pd.Series(y).rank())[0, 1])
 
 
 def _worst_factor(points: Sequence[dict[str, Any]], name: str) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import jvp, vmap
+from torch.func import vmap
 
 from curvlab.curvature import GaussNewton
 from curvlab.layers import MatrixLayer, find_layers, flatten, unflatten
@@ -93,17 +93,15 @@ class Rays:
         return Point(distance, defined, library, change, float(rounding.max()), float(cancelled.max()))
 
     def _integral(self, y0: Tensor, u: Tensor, targets: Tensor) -> Tensor:
-        """∫(1 − t) ∂²/∂t² ℓ(ŷ0 + t u) dt of each term, the second derivative by forward mode twice."""
+        """∫(1 − t) ∂²/∂t² ℓ(ŷ0 + t u) dt of each term, the second derivative as uᵀ(∂²ℓ/∂ŷ²)u."""
         nodes, weights = (torch.from_numpy(n).to(y0) for n in np.polynomial.legendre.leggauss(NODES))
         t, weights = (nodes + 1) / 2, weights / 2
-        on_path = (y0 + t[:, None, None, None] * u).flatten(0, 1)  # nodes as more examples
         step, y = u.repeat(NODES, 1, 1), targets.repeat(NODES, *[1] * (targets.dim() - 1))
-
-        def value(shift: Tensor) -> Tensor:
-            return self.loss.value(on_path + shift * step, y)
-
-        zero, one = torch.zeros((), dtype=y0.dtype), torch.ones((), dtype=y0.dtype)
-        second = jvp(lambda shift: jvp(value, (shift,), (one,))[1], (zero,), (one,))[1]
+        with torch.enable_grad():  # nodes as more examples
+            on_path = (y0 + t[:, None, None, None] * u).flatten(0, 1).requires_grad_()
+            (g,) = torch.autograd.grad(self.loss.value(on_path, y).sum(), on_path, create_graph=True)
+            (along,) = torch.autograd.grad((g * step).sum(), on_path)
+        second = (along * step).sum(-1)
         return ((weights * (1 - t))[:, None, None] * second.unflatten(0, (NODES, -1))).sum(0)
 
     def radius(self, largest: float = 0.1, points: int = 16) -> float:

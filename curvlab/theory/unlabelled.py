@@ -5,12 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvlab.curvature import KFAC, Covariance, GaussNewton
+from curvlab.curvature import KFAC, GaussNewton
 from curvlab.layers import MatrixLayer, find_layers
 from curvlab.losses import CrossEntropy, Loss
 from curvlab.theory import explicit
 from curvlab.theory.check import Case, Findings, claim, control, relative, roundoff
-from curvlab.theory.curvatures import matrix
+from curvlab.theory.curvatures import estimate, matrix, plain
 from curvlab.theory.factors import kfac_factors, output_jacobian
 
 
@@ -35,18 +35,13 @@ def ignored_positions_count(
     (chosen,) = find_layers(model, layer)
     loss = CrossEntropy(ignore_index)
     masked = _masked(data, ignored, ignore_index)
-    G = explicit.gauss_newton(model, loss, masked, [chosen])
-    size, bound = float(torch.linalg.matrix_norm(G, 2)), roundoff(G.dtype, len(G))
+    truths = plain(model, loss, masked, chosen)
+    G = truths["ggn"]
+    size, bound = float(torch.linalg.matrix_norm(G, 2)), roundoff(chosen.matrix().dtype, len(G))
     if size == 0:
         return Findings([])
-    A, S = kfac_factors(model, loss, masked, chosen)
-    fitted = {
-        "ggn": GaussNewton.fit(model, loss, masked, layer).dense("rows"),
-        "kfac": matrix(KFAC.fit(model, loss, masked, layer, labels="exact").spectrum()),
-        "covariance": matrix(Covariance.fit(model, loss, masked, layer).spectrum()),
-    }
-    plain = {"ggn": G, "kfac": torch.kron(S, A), "covariance": torch.kron(torch.eye(len(S)).to(A), A)}
-    cases = [Case(f"{n}: library against plain", relative(fitted[n], C), bound) for n, C in plain.items()]
+    fitted = {name: matrix(estimate(name, model, loss, masked, layer)) for name in truths}
+    cases = [Case(f"{n}: library against plain", relative(fitted[n], C), bound) for n, C in truths.items()]
     q = explicit.loss_gradients(model, loss, masked, [chosen])
     E, terms = q.mT @ q, explicit.terms(model, loss, masked, [chosen])
     given = GaussNewton.fit(model, loss, masked, layer, labels="data").dense("rows")
@@ -55,10 +50,10 @@ def ignored_positions_count(
     for N, kind in ((unseen, "all"), (part, "labelled")):
         if not N.shape[1]:
             continue
-        Q = _random_in(N, chosen, seed).to(G)
+        Q = _random_in(N, chosen, seed).to(chosen.matrix())
         numbers = {
             "change of the predictions": _change(model, chosen, masked, Q, ignored),
-            "‖G vec ΔW‖ / ‖G‖‖ΔW‖": float((fitted["ggn"] @ Q.flatten()).norm() / (size * Q.norm())),
+            "‖G vec ΔW‖ / ‖G‖‖ΔW‖": float((fitted["ggn"] @ Q.flatten().double()).norm() / (size * Q.norm())),
         }
         make = Case if kind == "all" else control
         cases += [make(f"null for the inputs of {kind} positions: {n}", m, bound) for n, m in numbers.items()]
@@ -133,7 +128,7 @@ def padding_counts_nothing(model: nn.Module, data: Any, layer: str, *, ignore_in
         if name == "ggn":
             return GaussNewton.fit(model, loss, batches, layer).dense("rows")
         if name == "covariance":
-            return matrix(Covariance.fit(model, loss, batches, layer).spectrum())
+            return matrix(estimate(name, model, loss, batches, layer))
         sharing: Any = name.removeprefix("kfac, ")
         return matrix(KFAC.fit(model, loss, batches, layer, labels="exact", sharing=sharing).spectrum())
 

@@ -68,14 +68,10 @@ def test_measures_are_the_definitions(edited: tuple[Any, ...]) -> None:
     assert found["distance"] == pytest.approx(float((before.exp() * (before - after)).sum(1).mean()), rel=1e-10)
     assert found["loss"] == pytest.approx(float(-after[torch.arange(len(y)), y].mean()), rel=1e-12)
     assert found["accuracy"] == pytest.approx(float((after.argmax(1) == y).double().mean()))
-    assert found["distance"] == pytest.approx(
-        explicit.bregman(model, loss, [(x, y)], layers, dict(zip(names, _matrices(layers, delta), strict=True)))
-    )
-
-
-def _matrices(layers: Any, delta: torch.Tensor) -> list[torch.Tensor]:
-    parts = delta.split([layer.size for layer in layers])
-    return [part.view(layer.d_out, layer.d_in) for layer, part in zip(layers, parts, strict=True)]
+    outputs = explicit.outputs(model, layers, x)
+    with torch.no_grad():
+        bregman = loss.bregman(outputs(delta), outputs(explicit.zero(layers)), y[:, None])
+    assert found["distance"] == pytest.approx(float(bregman.mean()))
 
 
 def test_single_precision_is_refused() -> None:
