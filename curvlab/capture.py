@@ -3,6 +3,10 @@
 The model runs once a batch; backward passes stop at the lowest layer asked for, and no parameter
 gathers a gradient. Batches are `(inputs, targets)` or `(inputs, targets, mask)`; inputs a tensor or a
 dictionary of tensors (keyword arguments); mask (N, T) is true where a position is real (not padding).
+
+Language models of `transformers` are called with {"input_ids", "attention_mask"}, targets (N, T) the next token at
+each position. Where a batch has no mask of its own, `attention_mask` (N, T) is the mask. Padding may lie on either
+side: what begins with padding is moved to begin with its first real token.
 """
 
 from collections import OrderedDict
@@ -14,33 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvlab.layers import MatrixLayer
+from curvlab.batches import Batch, Data, as_batch, count_examples, output_width, require_reiterable, split, to_device
+from curvlab.layers import MatrixLayer, device_of
 from curvlab.losses import Labels, Loss, Scale
+from curvlab.memory import announce, bytes_of, human, peak
 from curvlab.progress import progress
 
-Data = Iterable[Any]
+__all__ = [
+    "Batch", "Data", "Pass", "as_batch", "columns", "count_examples", "passes", "require_reiterable", "run", "shaped",
+    "split", "split_at", "to_device",
+]  # fmt: skip
 
 MAX_COLUMNS = 2048  # backward passes a batch that `labels="exact"` may ask for
-MICRO_BATCH = 128  # examples of one forward pass; larger batches are split (exactly: statistics are sums)
 
-
-@dataclass(frozen=True)
-class Batch:
-    """Inputs, targets and the mask of real positions, on one device."""
-
-    inputs: Any
-    targets: Tensor
-    mask: Tensor | None = None
-
-    def __len__(self) -> int:
-        return self.targets.shape[0]
-
-    def __getitem__(self, index: slice) -> "Batch":
-        if isinstance(self.inputs, dict):
-            inputs: Any = {key: value[index] for key, value in self.inputs.items()}
-        else:
-            inputs = self.inputs[index]
-        return Batch(inputs, self.targets[index], None if self.mask is None else self.mask[index])
+PIECE_BYTES = 2**27  # of the outputs' float64 copies, made for a few examples at a time
 
 
 @dataclass(frozen=True)
@@ -64,9 +55,9 @@ class Pass:
     versions: dict[str, int]
     terms: int
 
-    def inputs(self, layer: MatrixLayer) -> Tensor:
-        """a: (N, T, d_in), zero at padding."""
-        return self._without_padding(layer.inputs(self.raw_input(layer)))
+    def inputs(self, layer: MatrixLayer, packed: bool = False) -> Tensor:
+        """a: (N, T, d_in), zero at padding; packed (1, R, d_in), the real positions alone, where some are not."""
+        return self._without_padding(self._by_example(layer.inputs(self.raw_input(layer))), packed)
 
     def raw_input(self, layer: MatrixLayer) -> Tensor:
         """The module's input as it came."""
@@ -93,25 +84,40 @@ class Pass:
         real = self._mask_of(a)
         return a.shape[1] if real is None else real.sum(1).clamp_min(1)[:, None, None]
 
-    def gradients(self, vectors: Iterable[Tensor]) -> Iterator[dict[str, Tensor]]:
-        """For each v (N, T, C): Jᵀv at each layer's output, as (N, T_layer, d_out) by layer name."""
-        outputs = [self.raw_outputs[layer.name] for layer in self.layers]
-        for v in vectors:
-            grads = torch.autograd.grad(self.outputs, outputs, v, retain_graph=True)
+    def gradients(self, vectors: Iterable[Tensor], packed: bool = False) -> Iterator[dict[str, Tensor]]:
+        """For each v (N, T, C): Jᵀv at each layer's output, (N, T_layer, d_out) by layer name, or packed as `inputs`.
+
+        The graph goes with the last of them, so that its memory is free before the next pass.
+        """
+        coming = iter(vectors)
+        following = next(coming, None)
+        while following is not None:
+            outputs = [self.raw_outputs[layer.name] for layer in self.layers]
+            v, following = following, next(coming, None)
+            grads = torch.autograd.grad(self.outputs, outputs, v, retain_graph=following is not None)
             yield {
-                layer.name: self._without_padding(layer.outputs(g)) for layer, g in zip(self.layers, grads, strict=True)
+                layer.name: self._without_padding(self._by_example(layer.outputs(g)), packed)
+                for layer, g in zip(self.layers, grads, strict=True)
             }
+
+    def _by_example(self, t: Tensor) -> Tensor:
+        """(N, T, d), also where a model flattens its tokens to (N·T, d) before the layer (OPT, mixtures of experts)."""
+        N, T = self.outputs.shape[:2] if self.mask is None else self.mask.shape
+        return t.reshape(N, T, -1) if t.shape[:2] == (N * T, 1) and T > 1 else t
 
     def _mask_of(self, t: Tensor) -> Tensor | None:
         if self.mask is None or t.shape[1] == 1 != self.mask.shape[1]:
             return None
         if self.mask.shape != t.shape[:2]:
             raise ValueError(f"mask {tuple(self.mask.shape)} does not fit the layer's positions {tuple(t.shape[:2])}")
-        return self.mask
+        return self.mask.to(t.device)
 
-    def _without_padding(self, t: Tensor) -> Tensor:
+    def _without_padding(self, t: Tensor, packed: bool) -> Tensor:
         mask = self._mask_of(t)
-        return t if mask is None else t * mask.unsqueeze(-1)
+        if mask is None:
+            return t
+        # not a product: what a model computes at padding may be anything, NaN among it
+        return t[mask].unsqueeze(0) if packed else t.masked_fill(~mask.unsqueeze(-1), 0)
 
 
 def columns(pass_: Pass, loss: Loss, labels: Labels, draws: int = 1, seed: int = 0) -> Iterator[Tensor]:
@@ -122,12 +128,18 @@ def columns(pass_: Pass, loss: Loss, labels: Labels, draws: int = 1, seed: int =
     """
     outputs, targets = pass_.outputs.detach(), pass_.targets
     if labels == "data":
-        yield loss.gradient(outputs, targets)
+        yield _by_pieces(outputs, lambda part, piece: loss.gradient(piece, targets[part]))
     elif labels == "model":
         if draws < 1:
             raise ValueError(f"draws must be at least 1, got {draws}")
+
+        def sampled(draw: int) -> Callable[[slice, Tensor], Tensor]:
+            return lambda part, piece: (
+                loss.sampled_gradient(piece, targets[part], seed, draw, pass_.examples[part]) / draws**0.5
+            )
+
         for draw in range(draws):
-            yield loss.sampled_gradient(outputs, targets, seed, draw, pass_.examples) / draws**0.5
+            yield _by_pieces(outputs, sampled(draw))
     elif labels == "exact":
         positions, classes = outputs.shape[1:]
         if positions * classes > MAX_COLUMNS:
@@ -135,8 +147,9 @@ def columns(pass_: Pass, loss: Loss, labels: Labels, draws: int = 1, seed: int =
                 f"labels='exact' takes one backward pass a class and loss position: {classes} × {positions} "
                 f"exceeds {MAX_COLUMNS}; use labels='model' (unbiased) instead"
             )
-        factor = loss.hessian_factor(outputs, targets)
-        for t in range(positions):
+        factor = loss.hessian_factor(_float(outputs), targets).to(outputs.dtype)
+        carrying = loss.terms(outputs, targets).any(0).tolist()
+        for t in (t for t in range(positions) if carrying[t]):
             for k in range(factor.shape[-1]):
                 v = torch.zeros_like(outputs)
                 v[:, t] = factor[:, t, :, k]
@@ -145,22 +158,26 @@ def columns(pass_: Pass, loss: Loss, labels: Labels, draws: int = 1, seed: int =
         raise ValueError(f"labels must be 'exact', 'model' or 'data', got {labels!r}")
 
 
-def split(data: Data, micro_batch: int | None = None) -> Iterator[Batch]:
-    """The batches of `data`, cut into at most `micro_batch` examples each."""
-    size = MICRO_BATCH if micro_batch is None else micro_batch
-    empty = True
-    for item in data:
-        if isinstance(item, Tensor) or (not isinstance(item, Batch) and len(item) not in (2, 3)):
-            raise ValueError("data must yield (inputs, targets) or (inputs, targets, mask) batches")
-        batch = item if isinstance(item, Batch) else Batch(*item)
-        leading = next(iter(batch.inputs.values())) if isinstance(batch.inputs, dict) else batch.inputs
-        if len(leading) != len(batch):
-            raise ValueError(f"a batch has {len(leading)} inputs but {len(batch)} targets")
-        for start in range(0, len(batch), size):
-            empty = False
-            yield batch[start : start + size]
-    if empty:
-        raise ValueError("the data are empty: no batch with at least one example")
+def _float(t: Tensor) -> Tensor:
+    """In float32 or better: 1 − p of a confident prediction has no digits left in bfloat16."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def _pieces(outputs: Tensor) -> list[slice]:
+    """Slices over the examples of (N, T, C) such that float64 copies of one stay below `PIECE_BYTES`."""
+    size = max(1, PIECE_BYTES // max(1, 8 * outputs[0].numel()))
+    return [slice(start, start + size) for start in range(0, len(outputs), size)]
+
+
+def _by_pieces(outputs: Tensor, compute: Callable[[slice, Tensor], Tensor]) -> Tensor:
+    """`compute(part, outputs[part])` in float32 or better, as (N, T, C) in the outputs' dtype."""
+    parts = _pieces(outputs)
+    if len(parts) == 1:
+        return compute(parts[0], _float(outputs)).to(outputs.dtype)
+    v = torch.empty_like(outputs)
+    for part in parts:
+        v[part] = compute(part, _float(outputs[part]))
+    return v
 
 
 def passes(
@@ -172,25 +189,47 @@ def passes(
     desc: str,
     first_example: int = 0,
     micro_batch: int | None = None,
+    backward: bool = True,
+    select: Callable[[int, Batch], bool] | None = None,
 ) -> Iterator[Pass]:
     """One `Pass` a micro-batch of `data`.
 
     Args:
         first_example: index of the first example in the whole data set (for a worker that holds a shard).
+        micro_batch: examples of one forward pass (`split`).
+        backward: False keeps no graph, for statistics of inputs alone.
+        select: called with each micro-batch and its number; those for which it is false are only counted (another
+            process' share, or what was done before an interruption).
 
     Raises:
         ValueError: empty or ill-shaped data, targets out of range or with a loss at padding, a model in training
             mode with BatchNorm or Dropout, a layer that the forward pass uses never or more than once.
         FloatingPointError: a loss that is not finite.
+        MemoryError: outputs that cannot fit.
     """
     _check_mode(model)
-    device = layers[0].parameters()[0].device
+    width, announced = output_width(model), 0
     start = first_example
-    with _frozen(model):
-        for batch in progress(split(data, micro_batch), desc):
-            pass_ = _forward(model, loss, batch, layers, start, device)
+    examples: tuple[Batch, ...] = ()  # of which the bar counts
+    with _frozen(model), progress(examples, desc, count_examples(data)) as bar:
+        for number, batch in enumerate(split(data, micro_batch, model)):
+            if select is None or select(number, batch):
+                needed = _output_bytes(batch, width, layers[0].parameters()[0].dtype)
+                if needed > announced:
+                    announce(f"{desc}: outputs of a pass", needed, "a smaller micro_batch", device_of(model))
+                    announced = needed
+                yield _forward(model, loss, batch, layers, start, backward)
+                bar.set_postfix_str(f"peak {human(peak(device_of(model)))}", refresh=False)
+            bar.update(len(batch))
             start += len(batch)
-            yield pass_
+
+
+def _output_bytes(batch: Batch, width: int | None, dtype: torch.dtype) -> int:
+    """Outputs, the vectors v (both in the model's dtype), and the pieces of them in higher precision."""
+    if width is None or batch.targets.dim() < 2:
+        return 0
+    shape = (*batch.targets.shape[:2], width)
+    return 2 * bytes_of(*shape, dtype=dtype) + 3 * min(PIECE_BYTES, bytes_of(*shape, dtype=torch.float64))
 
 
 def run(model: Callable[..., Any], inputs: Any) -> Tensor:
@@ -218,41 +257,8 @@ def shaped(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return outputs, targets
 
 
-def count_examples(data: Data) -> int | None:
-    """Examples in `data`, where that is known without a pass over it."""
-    dataset = getattr(data, "dataset", None)
-    if dataset is not None and hasattr(dataset, "__len__"):
-        return len(dataset)
-    if isinstance(data, (list, tuple)) and all(isinstance(item, Batch) or len(item) > 1 for item in data):
-        return sum(len(item) if isinstance(item, Batch) else len(item[1]) for item in data)
-    return None
-
-
-def require_reiterable(data: Data) -> None:
-    """Refuse an iterator, which a second pass would find empty.
-
-    Raises:
-        ValueError: `data` can be iterated only once.
-    """
-    if iter(data) is data:
-        raise ValueError(
-            "this needs several passes over the data: give a DataLoader or a list of batches, not an iterator"
-        )
-
-
-def to_device(value: Any, device: torch.device) -> Any:
-    if isinstance(value, dict):
-        return {key: tensor.to(device) for key, tensor in value.items()}
-    return value.to(device)
-
-
 def _forward(
-    model: nn.Module,
-    loss: Loss,
-    batch: Batch,
-    layers: Sequence[MatrixLayer],
-    start: int,
-    device: torch.device,
+    model: nn.Module, loss: Loss, batch: Batch, layers: Sequence[MatrixLayer], start: int, backward: bool
 ) -> Pass:
     raw_inputs: dict[str, Tensor] = {}
     raw_outputs: dict[str, Tensor] = {}
@@ -260,7 +266,7 @@ def _forward(
 
     def hook(layer: MatrixLayer) -> Any:
         def remember(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            if layer.name in raw_outputs:
+            if layer.name in raw_inputs:
                 raise ValueError(
                     f"layer {layer.name!r} is used more than once in a forward pass; the curvature of a reused "
                     "layer is not that of one W a: choose another layer"
@@ -269,6 +275,8 @@ def _forward(
                 raise ValueError(f"layer {layer.name!r} is called with keyword arguments; pass its input by position")
             x = args[0].detach()
             raw_inputs[layer.name], versions[layer.name] = x, x._version
+            if not backward:
+                return output
             s = output if output.requires_grad else output.detach().requires_grad_()
             raw_outputs[layer.name] = s
             return s.clone()  # an in-place activation must not turn s into φ(s)
@@ -277,20 +285,25 @@ def _forward(
 
     handles = [hook(layer) for layer in layers]
     try:
-        with torch.enable_grad():
-            outputs, targets = shaped(run(model, to_device(batch.inputs, device)), batch.targets.to(device))
+        with torch.set_grad_enabled(backward):
+            outputs = run(model, to_device(batch.inputs, device_of(model)))
+            # the loss is where the model's last part is
+            outputs, targets = shaped(outputs, batch.targets.to(outputs.device))
     finally:
         for handle in handles:
             handle.remove()
-    unused = [layer.name for layer in layers if layer.name not in raw_outputs]
+    device = outputs.device
+    unused = [layer.name for layer in layers if layer.name not in raw_inputs]
     if unused:
         raise ValueError(f"the forward pass never used {unused}")
     mask = None if batch.mask is None else batch.mask.to(device).bool()
     with torch.no_grad():
         terms = loss.terms(outputs, targets)
         _check_targets(outputs, targets, terms, mask)
-        if not bool(loss.value(outputs, targets).isfinite().all()):
+        if not all(bool(loss.value(_float(outputs[p]), targets[p]).isfinite().all()) for p in _pieces(outputs)):
             raise FloatingPointError(f"the loss is not finite on examples {start} to {start + len(batch) - 1}")
+    if mask is not None and bool(mask.all()):
+        mask = None  # nothing to take out
     examples = torch.arange(start, start + len(batch), device=device)
     return Pass(layers, outputs, targets, examples, mask, raw_inputs, raw_outputs, versions, terms=int(terms.sum()))
 
@@ -307,14 +320,13 @@ def _check_targets(outputs: Tensor, targets: Tensor, terms: Tensor, mask: Tensor
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
     """No parameter asks for a gradient, so that graphs start at the lowest captured layer."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    for parameter, _ in flags:
-        parameter.requires_grad_(False)
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    model.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+        for name, parameter in model.named_parameters():  # anew: weights that accelerate offloads are exchanged
+            parameter.requires_grad_(flags[name])
 
 
 def _check_mode(model: nn.Module) -> None:

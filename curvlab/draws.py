@@ -9,6 +9,9 @@ import math
 import torch
 from torch import Tensor
 
+CHUNK = 2**19  # probabilities at a time, 4 MiB: a core's cache; more elsewhere
+BLOCK = 128  # classes whose probabilities are summed before the search
+
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
 _MIX1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX2 = -7723592293110705685  # 0x94D049BB133111EB
@@ -39,3 +42,36 @@ def uniforms(seed: int, draw: int, examples: Tensor, positions: int, width: int 
 def normals(seed: int, draw: int, examples: Tensor, positions: int, width: int) -> Tensor:
     """Standard normal numbers, float64, shape (N, positions, width) (inverse normal CDF of `uniforms`)."""
     return torch.special.erfinv(2 * uniforms(seed, draw, examples, positions, width) - 1) * math.sqrt(2)
+
+
+def categorical(logits: Tensor, u: Tensor) -> Tensor:
+    """The class at which the running sum of softmax(logits) (…, C), in float64, first reaches u (…) in (0, 1).
+
+    Two searches, over sums of blocks of classes and inside one block: no running sum over a whole vocabulary, and
+    float64 numbers of a few rows at a time.
+    """
+    rows, heights = logits.flatten(0, -2), u.flatten()
+    size = max(1, (CHUNK if logits.device.type == "cpu" else 64 * CHUNK) // logits.shape[-1])
+    parts = [_search(few, some) for few, some in zip(rows.split(size), heights.split(size), strict=True)]
+    return torch.cat(parts).view(u.shape)
+
+
+def _search(logits: Tensor, u: Tensor) -> Tensor:
+    """`categorical` of a few rows (R, C)."""
+    p = logits.double()
+    if p is logits:
+        p = p.clone()
+    p.sub_(p.amax(-1, keepdim=True)).exp_()
+    C = p.shape[-1]
+    whole = C - C % BLOCK
+    sums = [p[:, :whole].unflatten(-1, (-1, BLOCK)).sum(-1)] if whole else []
+    sums += [p[:, whole:].sum(-1, keepdim=True)] if whole < C else []
+    cdf = torch.cat(sums, -1).cumsum(-1)
+    height = u[:, None] * cdf[:, -1:]
+    block = torch.searchsorted(cdf, height)
+    below = torch.where(block > 0, cdf.gather(-1, (block - 1).clamp_min(0)), 0.0)
+    classes = block * BLOCK + torch.arange(BLOCK, device=p.device)
+    inside = p.gather(-1, classes.clamp(max=C - 1)).masked_fill_(classes >= C, 0.0).cumsum(-1)
+    # rounding must not lead past the block's last class with a probability
+    step = torch.searchsorted(inside, torch.minimum(height - below, inside[:, -1:]))
+    return (block * BLOCK + step).squeeze(-1)

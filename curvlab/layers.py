@@ -64,6 +64,11 @@ class MatrixLayer(LayerShape):
         return LayerShape(self.name, self.d_out, self.d_in, self.bias)
 
     @property
+    def device(self) -> torch.device:
+        """Where the layer computes."""
+        return device_of(self.module)
+
+    @property
     def parameter_names(self) -> list[str]:
         return [f"{self.name}.weight"] + ([f"{self.name}.bias"] if self.bias else [])
 
@@ -153,6 +158,16 @@ class TransposedLayer(MatrixLayer):
 
     def _matrix_weight(self, W: Tensor) -> Tensor:
         return W.mT
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module computes: its first parameter's device, or where `accelerate` brings its weights and inputs."""
+    hook = getattr(module, "_hf_hook", None)
+    for own in getattr(hook, "hooks", (hook,)):
+        where = getattr(own, "execution_device", None)
+        if where is not None:
+            return torch.device(where)
+    return next((p.device for p in module.parameters() if p.device.type != "meta"), torch.device("cpu"))
 
 
 def _kind(module: nn.Module) -> type[MatrixLayer] | None:

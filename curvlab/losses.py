@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from curvlab.draws import normals, uniforms
+from curvlab.draws import categorical, normals, uniforms
 
 Labels = Literal["exact", "model", "data"]
 
@@ -51,15 +51,19 @@ class CrossEntropy:
     ignore_index: int = -100
 
     def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(outputs.mT, targets, ignore_index=self.ignore_index, reduction="none")
+        rows = outputs.flatten(0, -2)  # classes last and contiguous: a fifth of the time of (N, C, T)
+        value = F.cross_entropy(rows, targets.flatten(), ignore_index=self.ignore_index, reduction="none")
+        return value.view(targets.shape)
 
     def terms(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return targets != self.ignore_index
 
     def gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
         terms = self.terms(outputs, targets)
-        onehot = F.one_hot(targets.where(terms, 0), outputs.shape[-1])
-        return (outputs.softmax(-1) - onehot) * terms.unsqueeze(-1)
+        p = outputs.softmax(-1)
+        # in place: over a vocabulary every pass counts, and a one-hot of int64 is twice the logits
+        p.scatter_add_(-1, targets.where(terms, 0).unsqueeze(-1), p.new_full((*targets.shape, 1), -1.0))
+        return p.masked_fill_(~terms.unsqueeze(-1), 0.0)
 
     def hessian_product(self, outputs: Tensor, targets: Tensor, vectors: Tensor) -> Tensor:
         p = outputs.softmax(-1) * self.terms(outputs, targets).unsqueeze(-1)
@@ -82,9 +86,7 @@ class CrossEntropy:
         return torch.zeros_like(factor).scatter_(-2, order.unsqueeze(-1).expand_as(factor), factor)
 
     def sampled_gradient(self, outputs: Tensor, targets: Tensor, seed: int, draw: int, examples: Tensor) -> Tensor:
-        u = uniforms(seed, draw, examples, outputs.shape[1])
-        cdf = outputs.double().softmax(-1).cumsum(-1)
-        drawn = torch.searchsorted(cdf, u * cdf[..., -1:]).squeeze(-1)
+        drawn = categorical(outputs, uniforms(seed, draw, examples, outputs.shape[1]).squeeze(-1))
         return self.gradient(outputs, drawn.where(self.terms(outputs, targets), self.ignore_index))
 
     def bregman(self, outputs: Tensor, reference: Tensor, targets: Tensor) -> Tensor:

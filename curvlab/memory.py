@@ -34,8 +34,10 @@ def available(device: torch.device | str = "cpu") -> int:
     return int(psutil.virtual_memory().available)
 
 
-def peak() -> int:
-    """Largest resident size of this process so far, in bytes."""
+def peak(device: torch.device | str = "cpu") -> int:
+    """Most bytes in use so far: on a CUDA device what tensors took, else the resident size of this process."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -62,7 +62,7 @@ def cached_rows(path: Path, compute: Callable[[], list[Row]]) -> list[Row]:
         return list(json.loads(path.read_text()))
     rows = compute()
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(rows, indent=1))
+        temporary.write_text(json.dumps(rows))  # with an indent Python's slow encoder would write it
     return rows
 
 

@@ -332,6 +332,14 @@ class Spectrum:
             total = total.to(Z.device) + (Z.square() * block.values).sum(tuple(range(-block.values.dim(), 0)))
         return total
 
+    def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> "Spectrum":
+        """The eigenvectors in another dtype or on another device; eigenvalues stay float64."""
+        blocks = [
+            replace(b, basis=b.basis.map(lambda t: t.to(device, dtype)), values=b.values.to(device))
+            for b in self.blocks
+        ]
+        return replace(self, blocks=tuple(blocks))
+
     def save(self, path: str | Path) -> None:
         """Write to a safetensors file (eigenvectors, eigenvalues, and a JSON header)."""
         bases, header = pack_bases([block.basis for block in self.blocks])

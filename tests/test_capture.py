@@ -21,8 +21,8 @@ from reference import (
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from curvlab.batches import MICRO_BATCH
 from curvlab.capture import (
-    MICRO_BATCH,
     Batch,
     columns,
     count_examples,

@@ -6,7 +6,7 @@ import torch
 from scipy import stats
 
 from curvlab import draws
-from curvlab.draws import normals, uniforms
+from curvlab.draws import BLOCK, categorical, normals, uniforms
 
 MASK = 2**64 - 1
 GOLDEN = 0x9E3779B97F4A7C15
@@ -84,3 +84,33 @@ def test_normals() -> None:
     assert stats.kstest(z.flatten().numpy(), "norm").pvalue > 1e-3
     u = uniforms(3, 1, torch.arange(4000), 3, 4)
     np.testing.assert_allclose(z, stats.norm.ppf(u), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("classes", [1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, 1000, 30_011])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("spread", [0.0, 1.0, 30.0])
+def test_categories_are_those_of_the_running_sum(
+    classes: int, dtype: torch.dtype, spread: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(draws, "CHUNK", 7 * classes)  # several chunks
+    torch.manual_seed(classes)
+    logits = (spread * torch.randn(5, 8, classes, dtype=torch.float64)).to(dtype)
+    before = logits.clone()
+    u = uniforms(0, 0, torch.arange(5), 8)
+    cdf = logits.double().softmax(-1).cumsum(-1)
+    expected = torch.searchsorted(cdf, u * cdf[..., -1:]).squeeze(-1)
+    assert torch.equal(categorical(logits, u.squeeze(-1)), expected)
+    assert torch.equal(logits, before)
+
+
+def test_categories_without_probability_are_never_drawn() -> None:
+    n = 20_000
+    logits = torch.full((n, 5 * BLOCK + 3), -torch.inf)
+    alive = [3, BLOCK - 1, 2 * BLOCK, 4 * BLOCK + 5]
+    logits[:, alive] = torch.tensor([0.1, 0.2, 0.3, 0.4]).log()
+    u = uniforms(0, 0, torch.arange(n), 1).flatten()
+    u[:4] = torch.tensor([2.0**-53, 1 - 2.0**-53, 0.1, 0.3], dtype=torch.float64)
+    drawn = categorical(logits, u)
+    share = torch.bincount(drawn, minlength=logits.shape[1]) / n
+    assert share.nonzero().flatten().tolist() == alive
+    torch.testing.assert_close(share[alive], torch.tensor([0.1, 0.2, 0.3, 0.4]), rtol=0, atol=0.012)

@@ -194,3 +194,51 @@ def test_wrong_use_is_refused() -> None:
     eigen.merge()
     with pytest.raises(ValueError, match="no layer fits"):
         parametrize(MLP((3, 2)).double(), s.null_space(0.9))
+
+
+def test_weights_written_meanwhile_count() -> None:
+    model, x, y, layer = network("linear")
+    eigen = parametrize(model, spectrum("kfac", model, x, y, layer, False).null_space(0.9))
+    with torch.no_grad():
+        eigen.coordinates[0].normal_()
+    model(x)
+    (found,) = find_layers(model, layer)
+    found.write(found.matrix() + 0.1)
+    plain = copy.deepcopy(model)
+    plain[2] = nn.Linear(8, 7).double()
+    with torch.no_grad():
+        plain[2].weight.copy_(eigen.matrices()[layer])
+        plain[2].bias.copy_(found.module.bias)
+    torch.testing.assert_close(model(x), plain(x))
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+@pytest.mark.parametrize("constrain", ["null", "ellipsoid"])
+def test_bfloat16_weights_take_the_steps_of_wide_ones(kind: str, constrain: str) -> None:
+    """Z stays in float32: a bfloat16 number near one does not feel a step of 1e-3."""
+    model, x, y, layer = network(kind)
+    s = spectrum("kfac", model, x, y, layer, False)
+    constraint = s.null_space(0.8) if constrain == "null" else s.ellipsoid(10.0)
+    narrow = copy.deepcopy(model).bfloat16()
+    start = find_layers(narrow, layer)[0].matrix().clone()
+    eigen = parametrize(narrow, constraint)
+    (Z,) = eigen.parameters()
+    assert Z.dtype == torch.float32
+    with torch.no_grad():
+        Z.normal_()
+    before = narrow(x.bfloat16())
+    optimizer = torch.optim.SGD([Z], lr=1e-5)
+    eigen.attach(optimizer)
+    old = Z.detach().clone()
+    nn.functional.cross_entropy(before.float(), y).backward()
+    assert Z.grad is not None
+    expected = old - 1e-5 * Z.grad
+    optimizer.step()
+    assert not torch.equal(expected, old)
+    torch.testing.assert_close(Z.detach(), expected, rtol=1e-6, atol=1e-7)
+    wide = eigen.displacement()[layer]
+    torch.testing.assert_close(wide, eigen.constraint.displacement([expected])[layer], rtol=1e-2, atol=1e-2)
+    eigen.merge()
+    after = find_layers(narrow, layer)[0].matrix()
+    torch.testing.assert_close(after.float(), start.float() + wide, rtol=2**-7, atol=1e-3)
+    torch.testing.assert_close(narrow(x.bfloat16()), before, rtol=0.05, atol=0.05)

@@ -2,18 +2,20 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from curvlab.capture import Data, columns, passes
-from curvlab.curvature.kfac import add_gram
-from curvlab.layers import LayerShape, find_layers
-from curvlab.losses import Labels, Scale, as_loss
-from curvlab.memory import announce, bytes_of
+from curvlab.capture import Data, Pass
+from curvlab.curvature.gather import Sums, Vectors, Work, count, gather, scale_of
+from curvlab.curvature.grams import add_gram, mirror
+from curvlab.curvature.kfac import KFAC
+from curvlab.curvature.origin import Origin
+from curvlab.layers import LayerShape
+from curvlab.losses import Labels, Scale
 from curvlab.spectrum import Block, KroneckerBasis, Spectrum, eigh
 from curvlab.storage import load_tensors, save_tensors
 
@@ -40,10 +42,12 @@ class Covariance:
     Attributes:
         moments: by layer name.
         labels: None for a forward-only fit; else the labels behind tr(S), which gives the loss' units.
+        origin: of which model, at which weights; None where parts of several origins were merged.
     """
 
     moments: dict[str, Moments]
     labels: Labels | None
+    origin: Origin | None = None
 
     @classmethod
     def fit(
@@ -59,34 +63,50 @@ class Covariance:
         bias: bool = False,
         first_example: int = 0,
         micro_batch: int | None = None,
+        checkpoint: str | Path | None = None,
+        distributed: bool = False,
     ) -> "Covariance":
         """One forward pass over `data`; with `labels` also backward, to scale by tr(S)/d_out for an ellipsoid.
 
         The other arguments are those of `KFAC.fit`.
         """
-        loss = as_loss(loss)
-        chosen = find_layers(model, layers, bias)
-        sums: dict[str, Moments] = {}
-        for layer in chosen:
-            like = layer.parameters()[0]
-            dtype = torch.promote_types(like.dtype, torch.float32)
-            needed = bytes_of(layer.d_in, layer.d_in, dtype=dtype)
-            announce(f"activation covariance of {layer.name}", needed, "fewer layers at a time", like.device)
-            zeros = torch.zeros(layer.d_in, layer.d_in, dtype=dtype, device=like.device)
-            sums[layer.name] = Moments(layer.shape, zeros, 0.0, Scale())
-        for pass_ in passes(
-            model, loss, data, chosen, desc="covariance", first_example=first_example, micro_batch=micro_batch
-        ):
-            for layer in chosen:
-                a, old = pass_.inputs(layer), sums[layer.name]
-                add_gram(old.a_sum, a)
-                sums[layer.name] = replace(old, scale=old.scale + pass_.scale(layer, a))
-            vectors = columns(pass_, loss, labels, draws, seed) if labels is not None else ()
-            for gradients in pass_.gradients(vectors):
-                for name, g in gradients.items():
-                    old = sums[name]
-                    sums[name] = replace(old, g_norm=old.g_norm + float(g.square().sum(dtype=torch.float64)))
-        return cls(sums, labels)
+        work = Work.of(
+            model, loss, data, layers, labels, draws, seed, bias, first_example, micro_batch, checkpoint, distributed
+        )
+        origin = work.origin()
+        sums = work.zeros("activation covariance", lambda layer: {"A": (layer.d_in, layer.d_in)})
+        sums |= {f"{layer.name}/g": torch.zeros((), dtype=torch.float64, device=layer.device) for layer in work.layers}
+
+        def add(sums: Sums, pass_: Pass, vectors: Vectors) -> None:
+            for layer in work.layers:
+                a = pass_.inputs(layer, packed=True)
+                add_gram(sums[f"{layer.name}/A"], a)
+                count(sums, layer, Scale(pass_.terms, a.shape[0] * a.shape[1]))
+            for by_layer in pass_.gradients(vectors, packed=True):
+                for name, g in by_layer.items():
+                    sums[f"{name}/g"] += g.double().square().sum()
+
+        def finish(sums: Sums) -> None:
+            for layer in work.layers:
+                mirror(sums[f"{layer.name}/A"])
+
+        gather(work, sums, add, desc="activation covariance", identity={"kind": "covariance"}, finish=finish)
+        moments = {}
+        for layer in work.layers:
+            g_norm = float(sums[f"{layer.name}/g"])
+            moments[layer.name] = Moments(layer.shape, sums[f"{layer.name}/A"], g_norm, scale_of(sums, layer.name))
+        return cls(moments, labels, origin)
+
+    @classmethod
+    def of(cls, kfac: KFAC) -> "Covariance":
+        """The covariance behind K-FAC factors, with their tr(S): no pass of its own."""
+        if kfac.sharing != "expand":
+            raise ValueError("K-FAC's factors with sharing='reduce' are means over positions, no covariance of inputs")
+        moments = {
+            name: Moments(f.layer, f.a_sum, float(f.s_sum.diagonal().sum(dtype=torch.float64)), f.scale)
+            for name, f in kfac.factors.items()
+        }
+        return cls(moments, kfac.labels, kfac.origin)
 
     @staticmethod
     def merge(*parts: "Covariance") -> "Covariance":
@@ -102,7 +122,8 @@ class Covariance:
             a_sum = torch.stack([m.a_sum for m in these]).sum(0)
             scale = sum((m.scale for m in these), start=Scale())
             merged[name] = Moments(own.layer, a_sum, sum(m.g_norm for m in these), scale)
-        return Covariance(merged, first.labels)
+        origin = first.origin if all(part.origin == first.origin for part in parts) else None
+        return Covariance(merged, first.labels, origin)
 
     def spectrum(self) -> Spectrum:
         """U_in ⊗ I with eigenvalues 1 λ_inᵀ (times tr(S)/d_out where labels were given); float64."""
@@ -117,19 +138,20 @@ class Covariance:
         return Spectrum(tuple(blocks), scaled=self.labels is not None)
 
     def save(self, path: str | Path) -> None:
-        """Write the statistics to a safetensors file."""
+        """Write the statistics to a safetensors file, with a JSON header that says where they come from."""
         header = [
             {"layer": asdict(m.layer), "scale": asdict(m.scale), "g_norm": m.g_norm} for m in self.moments.values()
         ]
-        meta = {"labels": json.dumps(self.labels), "moments": json.dumps(header)}
+        meta = {"labels": json.dumps(self.labels), "moments": json.dumps(header), "origin": Origin.pack(self.origin)}
         save_tensors(path, "covariance", {name: m.a_sum for name, m in self.moments.items()}, meta)
 
     @classmethod
-    def load(cls, path: str | Path) -> "Covariance":
-        """Read what `save` wrote; ValueError for a damaged or foreign file."""
+    def load(cls, path: str | Path, model: nn.Module | None = None) -> "Covariance":
+        """Read what `save` wrote; `model` and errors as in `KFAC.load`."""
         tensors, meta = load_tensors(path, "covariance")
         moments = {}
         for entry in json.loads(meta["moments"]):
             layer = LayerShape(**entry["layer"])
             moments[layer.name] = Moments(layer, tensors[layer.name], entry["g_norm"], Scale(**entry["scale"]))
-        return cls(moments, json.loads(meta["labels"]))
+        origin = Origin.unpack(meta, model, [m.layer for m in moments.values()])
+        return cls(moments, json.loads(meta["labels"]), origin)

@@ -306,7 +306,7 @@ class AutogradProduct:
         }
         like = next(iter(parameters.values()))
         out = torch.zeros(vectors.shape, dtype=like.dtype, device=like.device)
-        for batch in progress(split(self.data, self.micro_batch), f"products with {len(vectors)} vectors"):
+        for batch in progress(split(self.data, self.micro_batch, self.model), f"products with {len(vectors)} vectors"):
             inputs, targets = to_device(batch.inputs, like.device), batch.targets.to(like.device)
 
             def product(v: Tensor, inputs=inputs, targets=targets) -> Tensor:  # type: ignore[no-untyped-def]
