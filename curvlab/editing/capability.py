@@ -1,0 +1,128 @@
+"""The capability set: documents whose predictions an edit should leave alone, and their curvature at θ0."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import nn
+
+from curvlab.capture import Batch
+from curvlab.curvature import EKFAC, KFAC, Covariance
+from curvlab.data.text import encode_documents
+from curvlab.layers import find_layers
+from curvlab.losses import CrossEntropy, Labels
+from curvlab.spectrum import Spectrum
+
+CurvatureName = Literal["kfac", "ekfac", "covariance"]
+Statistics = KFAC | EKFAC | Covariance
+T = TypeVar("T")
+
+
+class Capability:
+    """Documents, and the curvature of their next-token loss, computed once for each state of the weights.
+
+    Args:
+        documents: text, one string a document.
+        max_length: tokens at which a document is cut.
+        batch_size: documents a forward pass.
+        labels: of the pseudo-gradients, "model" (drawn), "data" (the authors' empirical Fisher) or "exact".
+        seed: of the drawn labels.
+
+    Raises:
+        ValueError: no documents.
+    """
+
+    def __init__(
+        self,
+        documents: Sequence[str],
+        *,
+        max_length: int = 512,
+        batch_size: int = 8,
+        labels: Labels = "model",
+        seed: int = 0,
+    ) -> None:
+        if isinstance(documents, str) or not documents:
+            raise ValueError("the capability set needs at least one document, as a list of strings")
+        if labels not in ("model", "data", "exact"):
+            raise ValueError(f"labels must be 'model', 'data' or 'exact', got {labels!r}")
+        if max_length < 2 or batch_size < 1:
+            raise ValueError(f"max_length must be at least 2 and batch_size 1, got {max_length}, {batch_size}")
+        self.documents = list(documents)
+        self.max_length, self.batch_size, self.labels, self.seed = max_length, batch_size, labels, seed
+        self._weights = ""  # of the model that the following are of
+        self._kept: dict[str, Any] = {}
+
+    def batches(self, tokenizer: Any) -> list[Batch]:
+        """The documents, encoded."""
+        return encode_documents(tokenizer, self.documents, max_length=self.max_length, batch_size=self.batch_size)
+
+    def fit(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        layers: Sequence[str],
+        curvature: CurvatureName,
+        *,
+        kfac: KFAC | None = None,
+    ) -> Statistics:
+        """K-FAC factors, EK-FAC or the activation covariance of the layers at the weights as they stand.
+
+        `kfac`: factors at these weights, where EK-FAC need not compute them.
+        """
+        batches, loss = self.batches(tokenizer), CrossEntropy()
+        if curvature == "covariance":
+            return Covariance.fit(model, loss, batches, layers)
+        given: dict[str, Any] = {"labels": self.labels, "seed": self.seed}
+        if curvature == "kfac":
+            return KFAC.fit(model, loss, batches, layers, **given)
+        if curvature == "ekfac":
+            return EKFAC.fit(model, loss, batches, layers, **given, kfac=kfac)
+        raise ValueError(f"curvature must be 'kfac', 'ekfac' or 'covariance', got {curvature!r}")
+
+    def statistics(
+        self, model: nn.Module, tokenizer: Any, layers: Sequence[str], curvature: CurvatureName = "kfac"
+    ) -> Statistics:
+        """What `fit` gives, kept for later edits that start from the same weights."""
+
+        def fitted() -> Statistics:
+            kfac = self.statistics(model, tokenizer, layers, "kfac") if curvature == "ekfac" else None
+            assert kfac is None or isinstance(kfac, KFAC)
+            return self.fit(model, tokenizer, layers, curvature, kfac=kfac)
+
+        return self.keep(model, layers, curvature, fitted)
+
+    def spectrum(
+        self, model: nn.Module, tokenizer: Any, layers: Sequence[str], curvature: CurvatureName = "kfac"
+    ) -> Spectrum:
+        """Its eigenvalues and eigenvectors, kept likewise."""
+        statistics = self.statistics(model, tokenizer, layers, curvature)
+        return self.keep(model, layers, f"{curvature} spectrum", statistics.spectrum)
+
+    def keep(self, model: nn.Module, layers: Sequence[str], what: str, make: Callable[[], T]) -> T:
+        """`make()`, or what it gave before for these layers and weights of the whole model.
+
+        What belongs to other weights is dropped: of a large model it takes gigabytes.
+        """
+        weights = fingerprint(model)
+        if weights != self._weights:
+            self.forget()
+            self._weights = weights
+        key = f"{what} {self.labels} {self.seed} {[layer.name for layer in find_layers(model, layers)]}"
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
+
+    def forget(self) -> None:
+        """Drop what was computed."""
+        self._kept.clear()
+
+
+@torch.no_grad()
+def fingerprint(model: nn.Module) -> str:
+    """What tells two states of a model's weights apart: of *all* of them, where they are, in one pass over them."""
+    found = []
+    for name, p in model.named_parameters():
+        if not p.is_meta and p.numel():
+            bits = torch.hash_tensor(p).view(torch.int64)  # (uint64 knows few operations)
+            found.append((name, p.dtype, bits.item(), p.sum(dtype=torch.float64).item()))
+    return str(hash(tuple(found)))

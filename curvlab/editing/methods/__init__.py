@@ -1,0 +1,1 @@
+"""One file an editor; `curvlab.editing.editors()` finds every file here."""

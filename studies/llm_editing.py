@@ -1,0 +1,513 @@
+"""Editing a language model without breaking it: CrispEdit and the gradient-based editors of the paper's Table 1.
+
+    python studies/llm_editing.py --preset smoke --out results/editing
+
+Edits a causal language model by every editor, asks it by autoregressive generation what it learnt and what else it
+still knows, and writes DIR/results.csv and DIR/llm_editing.pdf/.png. `--model embedded` (the default) is a small
+Llama trained on a generated world, on first use and without a network; a name or a path takes any Hugging Face
+model. A run that was interrupted continues where it stopped when it is started again with the same arguments.
+"""
+
+import copy
+import logging
+import math
+import os
+import re
+import time
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import joblib
+import pandas as pd
+import torch
+import tyro
+from tqdm import tqdm
+
+from curvlab.data.edits import Request, check_requests, load_edits
+from curvlab.data.text import PLAIN, QA, encode_documents, read_documents
+from curvlab.data.world import World, make_world
+from curvlab.data.world_tasks import Item
+from curvlab.editing import Capability, default_layers, edit, editors
+from curvlab.evaluation.capability import answers_right, kl_from, nll
+from curvlab.evaluation.editing import evaluate_edits
+from curvlab.evaluation.intervals import bootstrap
+from curvlab.layers import Matrices, find_layers
+from curvlab.memory import human
+from curvlab.models.language import embedded_model, embedded_record, load_language_model
+from curvlab.records import Row, cached_rows, fingerprint, provenance, write_table
+from figures.llm_editing import draw
+
+# what is varied of each editor; the others run once a seed
+KNOBS = {
+    "crispedit": "gamma", "crispedit-ekfac": "gamma", "crispedit-covariance": "gamma", "crispedit-eps": "epsilon",
+    "crispedit-seq": "gamma", "crispedit-seq-eps": "epsilon", "kfac-penalty": "strength", "ewc": "strength",
+    "replay": "strength", "adam-nscl": "ratio",
+}  # fmt: skip
+CURVES = ("crispedit", "crispedit-ekfac", "crispedit-covariance", "crispedit-eps")
+STRENGTHS = {"kfac-penalty": (10.0, 100.0, 1000.0), "ewc": (10.0, 100.0, 1000.0), "replay": (1.0,)}
+RATIOS = (10.0, 30.0)  # of Adam-NSCL, the authors'
+LEARNT = 0.5  # held-out accuracy from which on a task counts as a capability
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What the presets set; any of it can be given on the command line.
+
+    Attributes:
+        size: of the embedded world and its model.
+        n_edits, n_capability: requests, and documents that curvature is taken on.
+        n_asked: items asked of each capability, and requests asked about in the QA context.
+        epochs, lr: of every editor but LoRA, whose settings are the paper's.
+        batch_size: requests a step.
+        seq_gammas, seq_epsilons: of CrispEdit-Seq.
+        chunk: requests a round of the sequential editors.
+    """
+
+    size: Literal["tiny", "smoke", "default"]
+    editors: tuple[str, ...]
+    n_edits: int
+    n_capability: int
+    n_asked: int
+    seeds: tuple[int, ...]
+    gammas: tuple[float, ...]
+    epsilons: tuple[float, ...]
+    seq_gammas: tuple[float, ...]
+    seq_epsilons: tuple[float, ...]
+    epochs: int
+    lr: float
+    batch_size: int
+    chunk: int
+
+
+ALL = (
+    "none", "ft", "ft-seq", "locbf-ft", "lora", "lora-seq", "ewc", "kfac-penalty", "replay", "adam-nscl", "crispedit",
+    "crispedit-ekfac", "crispedit-covariance", "crispedit-eps", "crispedit-seq", "crispedit-seq-eps",
+)  # fmt: skip
+FEW = ("none", "ft", "crispedit", "crispedit-eps", "crispedit-seq")
+PRESETS = {
+    "tiny": Preset("tiny", FEW, 4, 6, 10, (0,), (0.9,), (1e-2,), (0.9,), (1e-2,), 3, 1e-3, 2, 2),
+    "smoke": Preset(
+        "smoke", ALL, 60, 200, 60, (0,), (0.5, 0.8, 0.95), (1e-2, 1e-1), (0.9,), (1e-2,), 30, 1e-2, 8, 20
+    ),
+    "default": Preset(
+        "default", ALL, 300, 1000, 200, (0, 1, 2), (0.5, 0.8, 0.95, 0.99), (3e-3, 1e-2, 3e-2), (0.95, 0.99), (1e-2,),
+        25, 5e-3, 32, 100,
+    ),
+    "paper": Preset(
+        "default", ALL, 3000, 10000, 200, (0,), (0.7, 0.9), (1e-3, 1e-2), (0.999,), (1e-3,), 25, 5e-4, 32, 100
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Config:
+    """Command line of the study; None means: as the preset says.
+
+    Attributes:
+        preset: tiny (for tests), smoke, default, paper (the paper's amounts, for a real model).
+        out: folder of the results.
+        model: embedded (a small Llama), embedded-gpt2, or a Hugging Face name or path.
+        edits: world (the embedded world's own), counterfact, zsre, wikibigedit, or a file; None takes world for an
+            embedded model and counterfact for others.
+        capability: a text file whose documents are to be left alone (half of them to measure on); None takes the
+            world's, or WikiText for other models.
+        layers: names or patterns of the edited layers; None takes those at the paper's depth, and of the shallow
+            embedded models every MLP output projection.
+        editors: of `curvlab.editing.editors()`.
+        gammas, epsilons: of the null spaces and ellipsoids.
+        constraint: editors with null spaces, with ellipsoids, or both.
+        project: what is projected; None is the paper's gradient (an ellipsoid takes the update).
+        labels: of K-FAC and EK-FAC.
+        data: folder with edits/ and text/ (else CURVLAB_DATA); the embedded world mixes real facts and stories in
+            if it is given.
+        harness: also run lm-evaluation-harness' base capabilities (the paper's tasks and shots).
+        jobs: processes; 0 takes one a core on the CPU. Rows do not depend on it.
+    """
+
+    preset: Literal["tiny", "smoke", "default", "paper"] = "default"
+    out: Path = Path("results/llm_editing")
+    model: str = "embedded"
+    edits: str | None = None
+    n_edits: int | None = None
+    editors: tuple[str, ...] | None = None
+    layers: tuple[str, ...] | None = None
+    gammas: tuple[float, ...] | None = None
+    epsilons: tuple[float, ...] | None = None
+    constraint: Literal["both", "null-space", "ellipsoid"] = "both"
+    project: Literal["gradient", "update", "eigenbasis"] | None = None
+    capability: Path | None = None
+    n_capability: int | None = None
+    labels: Literal["model", "data", "exact"] = "model"
+    seeds: tuple[int, ...] | None = None
+    epochs: int | None = None
+    lr: float | None = None
+    data: Path | None = None
+    device: str = "cpu"
+    harness: bool = False
+    jobs: int = 0
+
+    @property
+    def embedded(self) -> bool:
+        return self.model.startswith("embedded")
+
+    @property
+    def folder(self) -> Path | None:
+        """Where data lie."""
+        return self.data or (Path(os.environ["CURVLAB_DATA"]) if os.environ.get("CURVLAB_DATA") else None)
+
+
+def resolve(config: Config) -> tuple[Config, Preset]:
+    """Fill in the preset and check everything that can be checked before work begins."""
+    preset = PRESETS[config.preset]
+    for name in ("n_edits", "n_capability", "editors", "gammas", "epsilons", "seeds", "epochs", "lr"):
+        if getattr(config, name) is not None:
+            preset = replace(preset, **{name: getattr(config, name)})
+    if config.gammas is not None:
+        preset = replace(preset, seq_gammas=config.gammas)
+    if config.epsilons is not None:
+        preset = replace(preset, seq_epsilons=config.epsilons)
+    unknown = sorted(set(preset.editors) - set(editors()))
+    if unknown or not preset.editors:
+        raise SystemExit(f"--editors: unknown {unknown}; choose from {', '.join(editors())}")
+    if any(not 0 < g < 1 for g in preset.gammas):
+        raise SystemExit(f"--gammas must lie strictly between 0 and 1, got {list(preset.gammas)}")
+    if any(not (math.isfinite(e) and e > 0) for e in preset.epsilons):
+        raise SystemExit(f"--epsilons must be positive and finite, got {list(preset.epsilons)}")
+    if not preset.seeds or len(set(preset.seeds)) < len(preset.seeds):
+        raise SystemExit(f"--seeds must be distinct and at least one, got {list(preset.seeds)}")
+    if min(preset.n_edits, preset.n_capability, preset.epochs) < 1 or preset.lr <= 0 or config.jobs < 0:
+        raise SystemExit("--n-edits, --n-capability, --epochs and --lr must be positive, --jobs not negative")
+    if config.embedded and config.model not in ("embedded", "embedded-gpt2"):
+        raise SystemExit(f"--model {config.model}: choose embedded, embedded-gpt2, or a Hugging Face name or path")
+    if not config.embedded and config.edits == "world":
+        raise SystemExit("--edits world: the world's facts are known to the embedded models only")
+    if not config.embedded and config.folder is None and (config.capability is None or config.edits is None):
+        raise SystemExit("give --data (or CURVLAB_DATA), or both --edits FILE and --capability FILE")
+    try:
+        torch.empty(0, device=config.device)
+    except (RuntimeError, AssertionError) as error:
+        raise SystemExit(f"--device {config.device}: {error}") from error
+    default_edits = "world" if config.embedded else "counterfact"
+    return replace(config, edits=config.edits or default_edits), preset
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One edit: an editor, the value of its knob (NaN where it has none), a seed."""
+
+    seed: int
+    editor: str
+    value: float
+
+
+def units(config: Config, preset: Preset) -> list[Unit]:
+    """All edits, those that take longest first."""
+    values = {name: preset.gammas if knob == "gamma" else preset.epsilons for name, knob in KNOBS.items()}
+    values |= {"crispedit-seq": preset.seq_gammas, "crispedit-seq-eps": preset.seq_epsilons, "adam-nscl": RATIOS}
+    values |= STRENGTHS
+    wanted = {"null-space": "gamma", "ellipsoid": "epsilon"}.get(config.constraint)
+    found = [
+        Unit(seed, name, value)
+        for name in preset.editors
+        if not (name.startswith("crispedit") and wanted and KNOBS[name] != wanted)
+        for seed in preset.seeds
+        for value in values.get(name, (math.nan,))
+    ]
+    slow = ("lora-seq", "lora", "crispedit-ekfac")
+    return sorted(found, key=lambda unit: slow.index(unit.editor) if unit.editor in slow else len(slow))
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every edit of one seed shares.
+
+    Attributes:
+        requests: the edits.
+        capability: the documents that curvature is taken on.
+        held_out: documents that the perplexity is measured on.
+        questions: by capability, what the edits should leave alone.
+        base: the unedited model, where a second copy is small.
+    """
+
+    model: Any
+    tokenizer: Any
+    layers: list[str]
+    requests: list[Request]
+    capability: Capability
+    held_out: list[str]
+    questions: dict[str, list[Item]]
+    ending: str
+    base: Any
+
+
+@lru_cache(maxsize=1)
+def world_of(config: Config, preset: Preset) -> World:
+    """The embedded world; with --data, real facts and stories are in it."""
+    return make_world(preset.size, data=config.data)
+
+
+@lru_cache(maxsize=1)
+def loaded(config: Config, preset: Preset) -> tuple[Any, Any]:
+    """The model and its tokenizer, once a process."""
+    if config.embedded:
+        family: Any = "gpt2" if config.model.endswith("gpt2") else "llama"
+        model, tokenizer = embedded_model(world_of(config, preset), family)
+    else:
+        model, tokenizer = load_language_model(config.model, device=config.device)
+    return model.to(config.device), tokenizer  # type: ignore[arg-type]
+
+
+@lru_cache(maxsize=1)
+def prepare(config: Config, preset: Preset, seed: int) -> Bench:
+    """Requests, documents and questions of one seed."""
+    model, tokenizer = loaded(config, preset)
+    world = world_of(config, preset) if config.embedded else None
+    if config.edits == "world":
+        assert world is not None
+        requests = world.requests(preset.n_edits, seed)
+    else:
+        requests = load_edits(str(config.edits), preset.n_edits, seed=seed, data=config.folder)
+    check_requests(requests, tokenizer)
+    questions: dict[str, list[Item]] = {}
+    if config.capability is not None or world is None:
+        file = config.capability or Path(str(config.folder)) / "text" / "wikitext2_valid.txt"
+        texts = [text for text in read_documents(file) if len(tokenizer(text)["input_ids"]) > 1]
+        order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
+        half = (len(texts) + 1) // 2  # one half to take curvature on, the other to measure on
+        documents = [texts[i] for i in order[:half][: preset.n_capability]]
+        held_out = [texts[i] for i in order[half:][: preset.n_asked]] or documents
+    if world is not None:
+        if config.capability is None:
+            documents = world.capability(preset.n_capability, seed, without=requests)
+            held_out = list(world.stories[: preset.n_asked])
+        questions["recall"] = world.recall(preset.n_asked, seed, without=requests)
+        family: Any = "gpt2" if config.model.endswith("gpt2") else "llama"
+        able = embedded_record(world, family)  # what the model never learnt, no edit can destroy
+        questions |= {
+            f"task_{name}": items[: preset.n_asked]
+            for name, items in world.tasks.items()
+            if able[f"task_{name}"] >= LEARNT or preset.size == "tiny"
+        }
+    base = copy.deepcopy(model) if config.embedded else None
+    capability = Capability(documents, labels=config.labels, seed=seed)
+    every = ["*.mlp.c_proj" if config.model.endswith("gpt2") else "*.mlp.down_proj"]
+    patterns = config.layers or (every if config.embedded else default_layers(model))
+    layers = [layer.name for layer in find_layers(model, list(patterns))]
+    return Bench(model, tokenizer, layers, requests, capability, held_out, questions, "." if world else "", base)
+
+
+def measure(config: Config, preset: Preset, bench: Bench) -> Row:
+    """What the model says: the edits with and without QA context, and its capabilities; intervals of 95 %."""
+    model, tokenizer = bench.model, bench.tokenizer
+    values: dict[str, list[float]] = evaluate_edits(model, tokenizer, bench.requests, template=PLAIN)
+    asked = bench.requests[: preset.n_asked]
+    in_context = evaluate_edits(model, tokenizer, asked, template=QA, teacher_forced=False)
+    values |= {f"{name}_qa": found for name, found in in_context.items()}
+    correct = {name: answers_right(model, tokenizer, pairs) for name, pairs in bench.questions.items()}
+    values |= correct
+    row: Row = {}
+    for name, found in values.items():
+        interval = bootstrap(found) if found else None
+        row[name] = interval.mean if interval else math.nan
+        row[f"{name}_low"], row[f"{name}_high"] = (interval.low, interval.high) if interval else (math.nan, math.nan)
+    of_text = nll(model, tokenizer, bench.held_out).interval()
+    row |= {"nll": of_text.mean, "nll_low": of_text.low, "nll_high": of_text.high}
+    row["perplexity"] = math.exp(min(of_text.mean, 700.0))
+    if bench.base is not None:
+        row["kl"] = kl_from(bench.base, model, tokenizer, bench.held_out).interval().mean
+    if correct:
+        row["capability"] = sum(row[name] for name in correct) / len(correct)
+    if config.harness:
+        from curvlab.evaluation.harness import base_capabilities
+
+        row |= {f"harness_{task}": score for task, score in base_capabilities(model, tokenizer).items()}
+    return row
+
+
+def predicted(bench: Bench, moved: Matrices) -> float:
+    """½ δᵀCδ with K-FAC at θ0 (nats a capability token), to hold against the measured KL; the model is at θ0."""
+    layers = find_layers(bench.model, bench.layers)
+    if set(moved) != {name for layer in layers for name in layer.parameter_names}:
+        return math.nan  # other layers were edited, or none
+    delta = {layer.name: layer.matrix([moved[name] for name in layer.parameter_names]) for layer in layers}
+    spectrum = bench.capability.spectrum(bench.model, bench.tokenizer, bench.layers)
+    return float(spectrum.quadratic_form(delta)) / 2
+
+
+def run_unit(config: Config, preset: Preset, unit: Unit, origin: Row) -> list[Row]:
+    """One edit and what it did; `origin` are the columns of provenance."""
+    if config.device == "cpu":
+        torch.set_num_threads(1 if config.embedded else torch.get_num_threads())
+    bench = prepare(config, preset, unit.seed)
+    settings: dict[str, Any] = {}
+    knob = KNOBS.get(unit.editor)
+    if knob:
+        settings[knob] = unit.value
+    if unit.editor != "none":
+        settings |= {"ending": bench.ending, "batch_size": preset.batch_size}
+        if not unit.editor.startswith("lora"):
+            settings |= {"epochs": preset.epochs, "lr": preset.lr}
+        if "seq" in unit.editor:
+            settings["chunk"] = preset.chunk
+        if unit.editor.startswith("crispedit") and config.project:
+            settings["project"] = "update" if (knob, config.project) == ("epsilon", "gradient") else config.project
+    edited = edit(
+        bench.model, bench.tokenizer, bench.requests, editor=unit.editor, layers=bench.layers,
+        capability=bench.capability, seed=unit.seed, **settings,
+    )  # fmt: skip
+    moved = edited.displacement()
+    try:
+        row = measure(config, preset, bench)
+    finally:
+        edited.undo()
+    row["predicted_kl"] = predicted(bench, moved) if config.embedded else math.nan
+    row = {
+        "study": "llm_editing", "model": config.model, "editor": unit.editor,
+        "gamma": unit.value if knob == "gamma" else math.nan,
+        "epsilon": unit.value if knob == "epsilon" else math.nan,
+        "strength": unit.value if knob in ("strength", "ratio") else math.nan,
+        "seed": unit.seed, "edit_success": (row["reliability"] + row["generalisation"]) / 2, **row,
+        "edit_loss": edited.losses[-1] if edited.losses else math.nan, "stopped": edited.stopped,
+        "epochs_run": edited.counts.get("epochs", 0), "refits": edited.counts.get("refits", 0),
+        "leak": edited.counts.get("leak", math.nan), "drift": edited.drift,
+        "edits": config.edits, "n_edits": len(bench.requests), "n_capability": len(bench.capability.documents),
+        "layers": " ".join(bench.layers), "labels": config.labels, "project": str(edited.options.get("project", "")),
+        "lr": edited.options.get("lr", math.nan), "device": config.device, "preset": config.preset,
+        "edit_seconds": edited.seconds, "curvature_seconds": edited.curvature_seconds,
+        "peak_bytes": edited.peak_bytes,
+    }  # fmt: skip
+    return [row | origin]
+
+
+def with_kept(table: pd.DataFrame) -> pd.DataFrame:
+    """Column capability_kept: capability as a share of the unedited model's (without tasks: e^−Δnll of the text)."""
+    if not (table["editor"] == "none").any():
+        return table.assign(capability_kept=math.nan)
+    base = table[table["editor"] == "none"].set_index("seed")
+    of = table["seed"].map
+    if "capability" in table:
+        return table.assign(capability_kept=table["capability"] / of(base["capability"]))
+    return table.assign(capability_kept=[math.exp(d) for d in of(base["nll"]) - table["nll"]])
+
+
+def summary(table: pd.DataFrame) -> pd.DataFrame:
+    """Means over seeds, %, one line an editor and setting."""
+    shown = ["reliability", "generalisation", "specificity", "reliability_qa", "reliability_teacher_forced"]
+    shown += ["capability_kept"] + [c for c in map(str, table) if re.fullmatch("recall|task_(?!.*_(low|high)$).*", c)]
+    lines = []
+    for key, rows in table.groupby(["editor", "gamma", "epsilon", "strength"], dropna=False, sort=False):
+        name, *values = cast(tuple[str, float, float, float], key)
+        value = next((v for v in values if not math.isnan(v)), math.nan)
+        line: Row = {"editor": name, "setting": "" if math.isnan(value) else f"{KNOBS[name]} {value:g}"}
+        line |= {_short(c): f"{100 * rows[c].mean():.0f}" for c in shown}
+        line |= {"perplexity": f"{rows['perplexity'].mean():.2f}", "s": f"{rows['edit_seconds'].mean():.0f}"}
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def _short(name: str) -> str:
+    full = {"reliability": "rel", "generalisation": "gen", "specificity": "spec", "capability_kept": "kept"}
+    stem, _, rest = name.partition("_") if name != "capability_kept" else (name, "", "")
+    tail = {"": "", "qa": " QA", "teacher_forced": " forced"}.get(rest, f" {rest}")
+    return (full.get(stem, stem) + tail).removeprefix("task ")
+
+
+def at_capability(rows: pd.DataFrame, knob: str, target: float) -> float:
+    """Edit success where a curve over its knob keeps `target` of the capability; the best such point.
+
+    Linear between neighbouring values of the knob; a curve that stays above counts with its best point.
+    """
+    rows = rows.sort_values(knob)
+    x, y = rows["capability_kept"].to_numpy(), rows["edit_success"].to_numpy()
+    found = [
+        y[i] + (target - x[i]) / (x[i + 1] - x[i]) * (y[i + 1] - y[i])
+        for i in range(len(x) - 1)
+        if (x[i] - target) * (x[i + 1] - target) <= 0 and x[i] != x[i + 1]
+    ]
+    above = [value for value, kept in zip(y, x, strict=True) if kept >= target]
+    return float(max(found + above, default=math.nan))
+
+
+def at_equal_capability(table: pd.DataFrame, targets: tuple[float, ...] = (0.98, 0.95, 0.9)) -> pd.DataFrame:
+    """Edit success (%), mean ± sd over seeds, of each editor at equal capability kept."""
+    lines = []
+    for name, rows in table[table["editor"] != "none"].groupby("editor", sort=False):
+        knob = {"strength": "strength", "ratio": "strength"}.get(
+            KNOBS.get(str(name), ""), KNOBS.get(str(name), "gamma")
+        )
+        line: Row = {"editor": name}
+        for target in targets:
+            each = pd.Series([100 * at_capability(own, knob, target) for _, own in rows.groupby("seed")]).dropna()
+            spread = f" ± {each.std():.1f}" if len(each) > 1 else ""
+            line[f"at {100 * target:.0f} %"] = f"{each.mean():.1f}{spread}" if len(each) else "not reached"
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def main(config: Config) -> None:
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    started = time.perf_counter()
+    config, preset = resolve(config)
+    try:
+        bench = prepare(config, preset, preset.seeds[0])  # trains the embedded model on its first use
+    except (FileNotFoundError, ValueError, OSError) as error:
+        raise SystemExit(str(error)) from error
+    world = world_of(config, preset) if config.embedded else None
+    data = {"dataset": world.name, "dataset_checksum": world.fingerprint} if world else {"dataset": config.model}
+    tokens = sum(
+        int(b.inputs["attention_mask"].sum()) for b in encode_documents(bench.tokenizer, bench.capability.documents)
+    )
+    origin = data | provenance(__file__)
+    todo = units(config, preset)
+    print(
+        f"{config.model}: {sum(p.numel() for p in bench.model.parameters()) / 1e6:.1f} M parameters, edits in "
+        f"{', '.join(bench.layers)}; {preset.n_edits} requests, {len(bench.capability.documents)} capability documents "
+        f"({tokens} tokens), {len(todo)} edits to make",
+        flush=True,
+    )
+    skipped = ("out", "jobs", "preset", "editors", "seeds", "gammas", "epsilons", "constraint")
+    me = asdict(replace(preset, editors=(), seeds=(), gammas=(), epsilons=(), seq_gammas=(), seq_epsilons=()))
+    me |= {name: value for name, value in asdict(config).items() if name not in skipped} | origin
+    folder = config.out / "units" / fingerprint(me)
+    jobs = min(config.jobs or (os.cpu_count() or 1 if config.device == "cpu" and config.embedded else 1), len(todo))
+    if config.preset == "tiny" and not config.jobs:
+        jobs = 1  # starting workers would take longer than the work
+
+    def finish(unit: Unit) -> list[Row]:
+        file = folder / f"{unit.seed}-{unit.editor}-{unit.value:g}.json"
+        return cached_rows(file, lambda: run_unit(config, preset, unit, origin))
+
+    # by seed, so that a process fits its capability curvature once a seed
+    todo = sorted(todo, key=lambda unit: unit.seed)
+    with joblib.parallel_config(backend="loky" if jobs > 1 else "sequential", n_jobs=jobs):
+        calls = joblib.Parallel(return_as="generator_unordered")(joblib.delayed(finish)(unit) for unit in todo)
+        bar = tqdm(calls, desc="edits and their evaluation", total=len(todo), disable=None)
+        rows = [row for finished in bar for row in finished]
+    order = {name: i for i, name in enumerate(ALL)}
+    table = pd.DataFrame(rows)
+    table = table.sort_values(
+        ["editor", "gamma", "epsilon", "strength", "seed"], ignore_index=True,
+        key=lambda column: column.map(lambda v: order.get(v, len(order))) if column.name == "editor" else column,
+    )  # fmt: skip
+    table = with_kept(table)
+    write_table(table, config.out / "results.csv")
+    files = draw(table, config.out / "llm_editing.pdf")
+
+    print("\n%, means over seeds (rel, gen, spec by generation; forced: teacher-forced)")
+    print(summary(table).to_string(index=False))
+    if table["capability_kept"].notna().any():
+        print(
+            "\nedit success (mean of reliability and generalisation, %) at equal capability kept, mean ± sd over seeds"
+        )
+        print(at_equal_capability(table).to_string(index=False))
+    minutes = (time.perf_counter() - started) / 60
+    print(f"\n{len(table)} edits, {minutes:.1f} min, peak {human(table['peak_bytes'].max())} a process")
+    print(f"results: {config.out / 'results.csv'}\nfigure:  {files[1]} and {files[0]}")
+
+
+if __name__ == "__main__":
+    import llm_editing  # by name, so that worker processes import it too and keep what they have loaded
+
+    llm_editing.main(tyro.cli(llm_editing.Config, description=__doc__))
