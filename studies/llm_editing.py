@@ -46,7 +46,7 @@ KNOBS = {
     "replay": "strength", "adam-nscl": "ratio",
 }  # fmt: skip
 CURVES = ("crispedit", "crispedit-ekfac", "crispedit-covariance", "crispedit-eps")
-STRENGTHS = {"kfac-penalty": (10.0, 100.0, 1000.0), "ewc": (10.0, 100.0, 1000.0), "replay": (1.0,)}
+STRENGTHS = {"kfac-penalty": (1e1, 1e2, 1e3), "ewc": (1e2, 1e4, 1e6), "replay": (1.0,)}
 RATIOS = (10.0, 30.0)  # of Adam-NSCL, the authors'
 LEARNT = 0.5  # held-out accuracy from which on a task counts as a capability
 
