@@ -22,45 +22,52 @@ CURVES = {
     "ewc": ("EWC (λ)", "#56b4e9", "P", ":"),
     "crispedit-seq": ("CrispEdit-Seq (γ)", "#7a3b00", "<", "-."),
     "crispedit-seq-eps": ("CrispEdit-Seq-ε", "#7a3b00", ">", "-."),
-    "adam-nscl": ("Adam-NSCL", "#999999", "d", "-."),
+    "adam-nscl": ("Adam-NSCL (ratio)", "#999999", "d", "-."),
+    "ft": ("FT (learning rate)", "#000000", "*", "-"),
+    "lora": ("LoRA (learning rate)", "#8a8a8a", "h", "--"),
 }
 POINTS = {
-    "ft": ("FT", "*"), "ft-seq": ("FT-Seq", "X"), "locbf-ft": ("LocBF-FT", "p"), "lora": ("LoRA", "h"),
-    "lora-seq": ("LoRA-Seq", "8"), "replay": ("replay", "+"),
+    "ft-seq": ("FT-Seq", "X"), "locbf-ft": ("LocBF-FT", "p"), "lora-seq": ("LoRA-Seq", "8"), "replay": ("replay", "+"),
 }  # fmt: skip
-MEASURES = (("edit_success", "edit success (reliability and generalisation), %"), ("specificity", "specificity, %"))
+SUCCESS = "edit success (mean of reliability and generalisation), %"
 
 
 def draw(table: pd.DataFrame, path: Path) -> list[Path]:
-    """Write `path` as PDF and PNG: capability kept against edit success and specificity, a curve over γ (or ε, λ)."""
-    figure, axes = plt.subplots(1, 2, figsize=(10.4, 4.8), layout="constrained")
-    for ax, (measure, label) in zip(axes, MEASURES, strict=True):
+    """Write `path` as PDF and PNG: edit success against capability kept (all of it, and where most is kept) and
+    against specificity; a curve over γ, ε, λ or the learning rate, points for the others."""
+    figure, axes = plt.subplots(1, 3, figsize=(14.2, 4.6), layout="constrained", sharey=True)
+    panels = (
+        ("capability_kept", "capability kept, % of the unedited model's"),
+        ("capability_kept", "the same, where most is kept"),
+        ("specificity", "specificity (neighbours' answers that stay), %"),
+    )
+    for ax, (measure, label) in zip(axes, panels, strict=True):
         for editor, (name, colour, marker, line) in CURVES.items():
             c = _means(table[table["editor"] == editor], measure)
             _errors(ax, c, color=colour, marker=marker, linestyle=line, label=name, markersize=4.5, linewidth=1.3)
         for editor, (name, marker) in POINTS.items():
             c = _means(table[table["editor"] == editor], measure)
             _errors(ax, c, color="0.2", marker=marker, linestyle="", label=name, markersize=7)
-        base = table[table["editor"] == "none"]
-        if len(base):
+        if (table["editor"] == "none").any():
             ax.axvline(100, color="0.6", linewidth=0.8, linestyle="-.", label="unedited")
-            ax.axhline(100 * base[measure].mean(), color="0.6", linewidth=0.8, linestyle="-.")
-        ax.set_xlabel("capability kept, % of the unedited model's")
-        ax.set_ylabel(label)
+        ax.set_xlabel(label)
         ax.grid(alpha=0.25, linewidth=0.5)
+    kept = 100 * table[table["editor"] != "none"]["capability_kept"].dropna()
+    if len(kept):
+        axes[1].set_xlim(max(kept.min(), min(kept.median() - 5, 85)), max(100.5, kept.max() + 0.5))
+    axes[0].set_ylabel(SUCCESS)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize=7.5)
     first, seeds = table.iloc[0], table["seed"].nunique()
     spread = "1 seed" if seeds == 1 else f"{seeds} seeds: mean ± standard deviation"
-    figure.suptitle(
-        f"{first['model']}, {first['n_edits']} edits ({first['edits']}), generated answers, {spread}", fontsize=10
-    )
+    what = f"{first['model']}, {first['n_edits']} edits ({first['edits']})"
+    figure.suptitle(f"{what}, generated answers, {spread}", fontsize=10)
     return save(figure, path)
 
 
 def _means(rows: pd.DataFrame, measure: str) -> pd.DataFrame:
-    """Means and standard deviations over seeds (%), one line a setting."""
-    rows = rows.assign(x=100 * rows["capability_kept"], y=100 * rows[measure]).dropna(subset=["x", "y"])
+    """Means and standard deviations over seeds of a measure and of edit success (%), one line a setting."""
+    rows = rows.assign(x=100 * rows[measure], y=100 * rows["edit_success"]).dropna(subset=["x", "y"])
     grouped = rows.groupby(["gamma", "epsilon", "strength"], dropna=False)[["x", "y"]]
     return grouped.mean().join(grouped.std().fillna(0.0).add_suffix("_std"))
 

@@ -43,10 +43,10 @@ from figures.llm_editing import draw
 KNOBS = {
     "crispedit": "gamma", "crispedit-ekfac": "gamma", "crispedit-covariance": "gamma", "crispedit-eps": "epsilon",
     "crispedit-seq": "gamma", "crispedit-seq-eps": "epsilon", "kfac-penalty": "strength", "ewc": "strength",
-    "replay": "strength", "adam-nscl": "ratio",
+    "replay": "strength", "adam-nscl": "ratio", "ft": "lr", "lora": "lr",
 }  # fmt: skip
 CURVES = ("crispedit", "crispedit-ekfac", "crispedit-covariance", "crispedit-eps")
-STRENGTHS = {"kfac-penalty": (1e1, 1e2, 1e3), "ewc": (1e2, 1e4, 1e6), "replay": (1.0,)}
+STRENGTHS = {"kfac-penalty": (1e1, 1e2, 1e3), "ewc": (1e2, 1e3, 1e4), "replay": (1.0,)}
 RATIOS = (10.0, 30.0)  # of Adam-NSCL, the authors'
 LEARNT = 0.5  # held-out accuracy from which on a task counts as a capability
 
@@ -62,6 +62,7 @@ class Preset:
         epochs, lr: of every editor but LoRA, whose settings are the paper's.
         batch_size: requests a step.
         seq_gammas, seq_epsilons: of CrispEdit-Seq.
+        ft_lrs, lora_lrs: learning rates of FT, which trace how much it learns and breaks, and of LoRA (5e-3: paper's).
         chunk: requests a round of the sequential editors.
     """
 
@@ -75,6 +76,8 @@ class Preset:
     epsilons: tuple[float, ...]
     seq_gammas: tuple[float, ...]
     seq_epsilons: tuple[float, ...]
+    ft_lrs: tuple[float, ...]
+    lora_lrs: tuple[float, ...]
     epochs: int
     lr: float
     batch_size: int
@@ -87,16 +90,20 @@ ALL = (
 )  # fmt: skip
 FEW = ("none", "ft", "crispedit", "crispedit-eps", "crispedit-seq")
 PRESETS = {
-    "tiny": Preset("tiny", FEW, 4, 6, 10, (0,), (0.9,), (1e-2,), (0.9,), (1e-2,), 3, 1e-3, 2, 2),
+    "tiny": Preset(
+        "tiny", FEW, 4, 6, 10, (0,), (0.9,), (1e-2,), (0.9,), (1e-2,), (1e-3,), (5e-3,), 3, 1e-3, 2, 2
+    ),
     "smoke": Preset(
-        "smoke", ALL, 60, 200, 60, (0,), (0.5, 0.8, 0.95), (1e-2, 1e-1), (0.9,), (1e-2,), 30, 1e-2, 8, 20
+        "smoke", ALL, 60, 200, 60, (0,), (0.5, 0.8, 0.95), (1e-2, 1e-1), (0.9,), (1e-2,), (2e-3, 1e-2), (1e-3, 5e-3),
+        30, 1e-2, 8, 20,
     ),
     "default": Preset(
-        "default", ALL, 300, 1000, 200, (0, 1, 2), (0.5, 0.8, 0.95, 0.99), (3e-3, 1e-2, 3e-2), (0.95, 0.99), (1e-2,),
-        25, 5e-3, 32, 100,
+        "default", ALL, 300, 1000, 200, (0, 1, 2), (0.8, 0.95, 0.99), (3e-3, 1e-2, 3e-2), (0.95, 0.99), (1e-2,),
+        (1e-3, 2e-3, 5e-3), (1e-3, 5e-3), 25, 5e-3, 32, 100,
     ),
     "paper": Preset(
-        "default", ALL, 3000, 10000, 200, (0,), (0.7, 0.9), (1e-3, 1e-2), (0.999,), (1e-3,), 25, 5e-4, 32, 100
+        "default", ALL, 3000, 10000, 200, (0,), (0.7, 0.9), (1e-3, 1e-2), (0.999,), (1e-3,), (5e-4,), (5e-3,),
+        25, 5e-4, 32, 100,
     ),
 }  # fmt: skip
 
@@ -168,6 +175,8 @@ def resolve(config: Config) -> tuple[Config, Preset]:
         preset = replace(preset, seq_gammas=config.gammas)
     if config.epsilons is not None:
         preset = replace(preset, seq_epsilons=config.epsilons)
+    if config.lr is not None:
+        preset = replace(preset, ft_lrs=(config.lr,))
     unknown = sorted(set(preset.editors) - set(editors()))
     if unknown or not preset.editors:
         raise SystemExit(f"--editors: unknown {unknown}; choose from {', '.join(editors())}")
@@ -206,7 +215,7 @@ def units(config: Config, preset: Preset) -> list[Unit]:
     """All edits, those that take longest first."""
     values = {name: preset.gammas if knob == "gamma" else preset.epsilons for name, knob in KNOBS.items()}
     values |= {"crispedit-seq": preset.seq_gammas, "crispedit-seq-eps": preset.seq_epsilons, "adam-nscl": RATIOS}
-    values |= STRENGTHS
+    values |= STRENGTHS | {"ft": preset.ft_lrs, "lora": preset.lora_lrs}
     wanted = {"null-space": "gamma", "ellipsoid": "epsilon"}.get(config.constraint)
     found = [
         Unit(seed, name, value)
@@ -343,14 +352,14 @@ def run_unit(config: Config, preset: Preset, unit: Unit, origin: Row) -> list[Ro
     bench = prepare(config, preset, unit.seed)
     settings: dict[str, Any] = {}
     knob = KNOBS.get(unit.editor)
-    if knob:
-        settings[knob] = unit.value
     if unit.editor != "none":
         settings |= {"ending": bench.ending, "batch_size": preset.batch_size}
         if not unit.editor.startswith("lora"):
             settings |= {"epochs": preset.epochs, "lr": preset.lr}
         if "seq" in unit.editor:
             settings["chunk"] = preset.chunk
+        if knob:
+            settings[knob] = unit.value
         if unit.editor.startswith("crispedit") and config.project:
             settings["project"] = "update" if (knob, config.project) == ("epsilon", "gradient") else config.project
     edited = edit(
@@ -367,7 +376,7 @@ def run_unit(config: Config, preset: Preset, unit: Unit, origin: Row) -> list[Ro
         "study": "llm_editing", "model": config.model, "editor": unit.editor,
         "gamma": unit.value if knob == "gamma" else math.nan,
         "epsilon": unit.value if knob == "epsilon" else math.nan,
-        "strength": unit.value if knob in ("strength", "ratio") else math.nan,
+        "strength": unit.value if knob in ("strength", "ratio", "lr") else math.nan,
         "seed": unit.seed, "edit_success": (row["reliability"] + row["generalisation"]) / 2, **row,
         "edit_loss": edited.losses[-1] if edited.losses else math.nan, "stopped": edited.stopped,
         "epochs_run": edited.counts.get("epochs", 0), "refits": edited.counts.get("refits", 0),
@@ -434,9 +443,8 @@ def at_equal_capability(table: pd.DataFrame, targets: tuple[float, ...] = (0.98,
     """Edit success (%), mean ± sd over seeds, of each editor at equal capability kept."""
     lines = []
     for name, rows in table[table["editor"] != "none"].groupby("editor", sort=False):
-        knob = {"strength": "strength", "ratio": "strength"}.get(
-            KNOBS.get(str(name), ""), KNOBS.get(str(name), "gamma")
-        )
+        knob = KNOBS.get(str(name), "gamma")
+        knob = knob if knob in ("gamma", "epsilon") else "strength"
         line: Row = {"editor": name}
         for target in targets:
             each = pd.Series([100 * at_capability(own, knob, target) for _, own in rows.groupby("seed")]).dropna()
@@ -468,7 +476,11 @@ def main(config: Config) -> None:
         flush=True,
     )
     skipped = ("out", "jobs", "preset", "editors", "seeds", "gammas", "epsilons", "constraint")
-    me = asdict(replace(preset, editors=(), seeds=(), gammas=(), epsilons=(), seq_gammas=(), seq_epsilons=()))
+    me = asdict(
+        replace(
+            preset, editors=(), seeds=(), gammas=(), epsilons=(), seq_gammas=(), seq_epsilons=(), ft_lrs=(), lora_lrs=()
+        )
+    )
     me |= {name: value for name, value in asdict(config).items() if name not in skipped} | origin
     folder = config.out / "units" / fingerprint(me)
     jobs = min(config.jobs or (os.cpu_count() or 1 if config.device == "cpu" and config.embedded else 1), len(todo))
