@@ -25,6 +25,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
+from curvlab.curvature.origin import weights_checksum
 from curvlab.data.edits import Request, check_requests, load_edits
 from curvlab.data.text import PLAIN, QA, encode_documents, read_documents
 from curvlab.data.world import World, make_world
@@ -98,7 +99,7 @@ PRESETS = {
         30, 1e-2, 8, 20,
     ),
     "default": Preset(
-        "default", ALL, 300, 1000, 200, (0, 1, 2), (0.8, 0.95, 0.99), (3e-3, 1e-2, 3e-2), (0.95, 0.99), (1e-2,),
+        "default", ALL, 300, 1000, 200, (0, 1), (0.8, 0.95, 0.99), (3e-3, 1e-2, 3e-2), (0.95, 0.99), (1e-2,),
         (1e-3, 2e-3, 5e-3), (1e-3, 5e-3), 25, 5e-3, 32, 100,
     ),
     "paper": Preset(
@@ -124,6 +125,7 @@ class Config:
             embedded models every MLP output projection.
         editors: of `curvlab.editing.editors()`.
         gammas, epsilons: of the null spaces and ellipsoids.
+        seq_gammas: of CrispEdit-Seq.
         constraint: editors with null spaces, with ellipsoids, or both.
         project: what is projected; None is the paper's gradient (an ellipsoid takes the update).
         labels: of K-FAC and EK-FAC.
@@ -142,6 +144,7 @@ class Config:
     layers: tuple[str, ...] | None = None
     gammas: tuple[float, ...] | None = None
     epsilons: tuple[float, ...] | None = None
+    seq_gammas: tuple[float, ...] | None = None
     constraint: Literal["both", "null-space", "ellipsoid"] = "both"
     project: Literal["gradient", "update", "eigenbasis"] | None = None
     capability: Path | None = None
@@ -168,20 +171,20 @@ class Config:
 def resolve(config: Config) -> tuple[Config, Preset]:
     """Fill in the preset and check everything that can be checked before work begins."""
     preset = PRESETS[config.preset]
-    for name in ("n_edits", "n_capability", "editors", "gammas", "epsilons", "seeds", "epochs", "lr"):
+    given = ("n_edits", "n_capability", "editors", "gammas", "epsilons", "seq_gammas", "seeds", "epochs", "lr")
+    for name in given:
         if getattr(config, name) is not None:
             preset = replace(preset, **{name: getattr(config, name)})
-    if config.gammas is not None:
-        preset = replace(preset, seq_gammas=config.gammas)
-    if config.epsilons is not None:
-        preset = replace(preset, seq_epsilons=config.epsilons)
     if config.lr is not None:
         preset = replace(preset, ft_lrs=(config.lr,))
     unknown = sorted(set(preset.editors) - set(editors()))
     if unknown or not preset.editors:
         raise SystemExit(f"--editors: unknown {unknown}; choose from {', '.join(editors())}")
-    if any(not 0 < g < 1 for g in preset.gammas):
-        raise SystemExit(f"--gammas must lie strictly between 0 and 1, got {list(preset.gammas)}")
+    if any(not 0 < g < 1 for g in (*preset.gammas, *preset.seq_gammas)):
+        raise SystemExit(f"--gammas must lie strictly between 0 and 1, got {[*preset.gammas, *preset.seq_gammas]}")
+    for name in ("gammas", "epsilons", "seq_gammas", "editors"):
+        if len(set(getattr(preset, name))) < len(getattr(preset, name)):
+            raise SystemExit(f"--{name.replace('_', '-')} must be distinct, got {list(getattr(preset, name))}")
     if any(not (math.isfinite(e) and e > 0) for e in preset.epsilons):
         raise SystemExit(f"--epsilons must be positive and finite, got {list(preset.epsilons)}")
     if not preset.seeds or len(set(preset.seeds)) < len(preset.seeds):
@@ -288,10 +291,14 @@ def prepare(config: Config, preset: Preset, seed: int) -> Bench:
         documents = [texts[i] for i in order[:half][: preset.n_capability]]
         held_out = [texts[i] for i in order[half:][: preset.n_asked]] or documents
     if world is not None:
-        if config.capability is None:
-            documents = world.capability(preset.n_capability, seed, without=requests)
-            held_out = list(world.stories[: preset.n_asked])
         questions["recall"] = world.recall(preset.n_asked, seed, without=requests)
+        if config.capability is None:
+            held: list[Request | Item] = [
+                *requests,
+                *questions["recall"],
+            ]  # what is asked is not in the text that curvature is taken on
+            documents = world.capability(preset.n_capability, seed, without=held)
+            held_out = list(world.stories[: preset.n_asked])
         family: Any = "gpt2" if config.model.endswith("gpt2") else "llama"
         able = embedded_record(world, family)  # what the model never learnt, no edit can destroy
         questions |= {
@@ -316,23 +323,33 @@ def measure(config: Config, preset: Preset, bench: Bench) -> Row:
     values |= {f"{name}_qa": found for name, found in in_context.items()}
     correct = {name: answers_right(model, tokenizer, pairs) for name, pairs in bench.questions.items()}
     values |= correct
-    row: Row = {}
+    asked_of = [values[name] for name in ("reliability", "generalisation") if values[name]]
+    row: Row = _mean_of("edit_success", asked_of) | (_mean_of("capability", list(correct.values())) if correct else {})
     for name, found in values.items():
         interval = bootstrap(found) if found else None
         row[name] = interval.mean if interval else math.nan
         row[f"{name}_low"], row[f"{name}_high"] = (interval.low, interval.high) if interval else (math.nan, math.nan)
     of_text = nll(model, tokenizer, bench.held_out).interval()
     row |= {"nll": of_text.mean, "nll_low": of_text.low, "nll_high": of_text.high}
-    row["perplexity"] = math.exp(min(of_text.mean, 700.0))
+    for name in ("nll", "nll_low", "nll_high"):
+        row[name.replace("nll", "perplexity")] = math.exp(min(row[name], 700.0))
     if bench.base is not None:
-        row["kl"] = kl_from(bench.base, model, tokenizer, bench.held_out).interval().mean
-    if correct:
-        row["capability"] = sum(row[name] for name in correct) / len(correct)
+        kl = kl_from(bench.base, model, tokenizer, bench.held_out).interval()
+        row |= {"kl": kl.mean, "kl_low": kl.low, "kl_high": kl.high}
     if config.harness:
         from curvlab.evaluation.harness import base_capabilities
 
         row |= {f"harness_{task}": score for task, score in base_capabilities(model, tokenizer).items()}
     return row
+
+
+def _mean_of(name: str, groups: list[list[float]]) -> Row:
+    """The mean of several measures' means with its interval; each measure is resampled, and weighs alike."""
+    size = sum(map(len, groups))
+    items = [(value, size / len(group)) for group in groups for value in group]
+    alike = len(set(map(len, groups))) == 1  # then without weights, which keeps the exact interval of equal values
+    found = bootstrap([v for v, _ in items], weights=None if alike else [w for _, w in items])
+    return {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high}
 
 
 def predicted(bench: Bench, moved: Matrices) -> float:
@@ -377,11 +394,12 @@ def run_unit(config: Config, preset: Preset, unit: Unit, origin: Row) -> list[Ro
         "gamma": unit.value if knob == "gamma" else math.nan,
         "epsilon": unit.value if knob == "epsilon" else math.nan,
         "strength": unit.value if knob in ("strength", "ratio", "lr") else math.nan,
-        "seed": unit.seed, "edit_success": (row["reliability"] + row["generalisation"]) / 2, **row,
+        "seed": unit.seed, **row,
         "edit_loss": edited.losses[-1] if edited.losses else math.nan, "stopped": edited.stopped,
         "epochs_run": edited.counts.get("epochs", 0), "refits": edited.counts.get("refits", 0),
         "leak": edited.counts.get("leak", math.nan), "drift": edited.drift,
-        "edits": config.edits, "n_edits": len(bench.requests), "n_capability": len(bench.capability.documents),
+        "edits": config.edits, "n_edits": len(bench.requests), "n_asked": preset.n_asked,
+        "batch_size": preset.batch_size, "chunk": preset.chunk, "n_capability": len(bench.capability.documents),
         "layers": " ".join(bench.layers), "labels": config.labels, "project": str(edited.options.get("project", "")),
         "lr": edited.options.get("lr", math.nan), "device": config.device, "preset": config.preset,
         "edit_seconds": edited.seconds, "curvature_seconds": edited.curvature_seconds,
@@ -391,14 +409,15 @@ def run_unit(config: Config, preset: Preset, unit: Unit, origin: Row) -> list[Ro
 
 
 def with_kept(table: pd.DataFrame) -> pd.DataFrame:
-    """Column capability_kept: capability as a share of the unedited model's (without tasks: e^−Δnll of the text)."""
+    """Column capability_kept: capability as a share of the unedited model's (without tasks: e^−Δnll of the held-out
+    text, at most 1: a text that became likelier is no gain of capability)."""
     if not (table["editor"] == "none").any():
         return table.assign(capability_kept=math.nan)
     base = table[table["editor"] == "none"].set_index("seed")
     of = table["seed"].map
     if "capability" in table:
         return table.assign(capability_kept=table["capability"] / of(base["capability"]))
-    return table.assign(capability_kept=[math.exp(d) for d in of(base["nll"]) - table["nll"]])
+    return table.assign(capability_kept=[math.exp(min(d, 0.0)) for d in of(base["nll"]) - table["nll"]])
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
@@ -448,8 +467,9 @@ def at_equal_capability(table: pd.DataFrame, targets: tuple[float, ...] = (0.98,
         line: Row = {"editor": name}
         for target in targets:
             each = pd.Series([100 * at_capability(own, knob, target) for _, own in rows.groupby("seed")]).dropna()
-            spread = f" ± {each.std():.1f}" if len(each) > 1 else ""
-            line[f"at {100 * target:.0f} %"] = f"{each.mean():.1f}{spread}" if len(each) else "not reached"
+            spread, seeds = f" ± {each.std():.1f}" if len(each) > 1 else "", rows["seed"].nunique()
+            some = f" ({len(each)} of {seeds} seeds)" if len(each) < seeds else ""
+            line[f"at {100 * target:.0f} %"] = f"{each.mean():.1f}{spread}{some}" if len(each) else "not reached"
         lines.append(line)
     return pd.DataFrame(lines)
 
@@ -459,7 +479,10 @@ def main(config: Config) -> None:
     started = time.perf_counter()
     config, preset = resolve(config)
     try:
-        bench = prepare(config, preset, preset.seeds[0])  # trains the embedded model on its first use
+        drawn = {}  # of every seed, so that what cannot be run is said now, and files that changed are noticed
+        for seed in reversed(preset.seeds):
+            bench = prepare(config, preset, seed)  # trains the embedded model on its first use
+            drawn[seed] = [bench.requests, bench.capability.documents, bench.held_out, weights_checksum(bench.model)]
     except (FileNotFoundError, ValueError, OSError) as error:
         raise SystemExit(str(error)) from error
     world = world_of(config, preset) if config.embedded else None
@@ -469,26 +492,28 @@ def main(config: Config) -> None:
     )
     origin = data | provenance(__file__)
     todo = units(config, preset)
+    if not todo:
+        raise SystemExit("no edit to make: --editors, --constraint and --gammas or --epsilons leave none")
     print(
         f"{config.model}: {sum(p.numel() for p in bench.model.parameters()) / 1e6:.1f} M parameters, edits in "
         f"{', '.join(bench.layers)}; {preset.n_edits} requests, {len(bench.capability.documents)} capability documents "
         f"({tokens} tokens), {len(todo)} edits to make",
         flush=True,
     )
-    skipped = ("out", "jobs", "preset", "editors", "seeds", "gammas", "epsilons", "constraint")
+    skipped = ("out", "jobs", "preset", "editors", "seeds", "gammas", "epsilons", "seq_gammas", "constraint")
     me = asdict(
         replace(
             preset, editors=(), seeds=(), gammas=(), epsilons=(), seq_gammas=(), seq_epsilons=(), ft_lrs=(), lora_lrs=()
         )
     )
     me |= {name: value for name, value in asdict(config).items() if name not in skipped} | origin
-    folder = config.out / "units" / fingerprint(me)
+    folders = {seed: config.out / "units" / fingerprint(me | {"drawn": parts}) for seed, parts in drawn.items()}
     jobs = min(config.jobs or (os.cpu_count() or 1 if config.device == "cpu" and config.embedded else 1), len(todo))
     if config.preset == "tiny" and not config.jobs:
         jobs = 1  # starting workers would take longer than the work
 
     def finish(unit: Unit) -> list[Row]:
-        file = folder / f"{unit.seed}-{unit.editor}-{unit.value:g}.json"
+        file = folders[unit.seed] / f"{unit.seed}-{unit.editor}-{unit.value!r}.json"
         return cached_rows(file, lambda: run_unit(config, preset, unit, origin))
 
     # by seed, so that a process fits its capability curvature once a seed
@@ -496,7 +521,10 @@ def main(config: Config) -> None:
     with joblib.parallel_config(backend="loky" if jobs > 1 else "sequential", n_jobs=jobs):
         calls = joblib.Parallel(return_as="generator_unordered")(joblib.delayed(finish)(unit) for unit in todo)
         bar = tqdm(calls, desc="edits and their evaluation", total=len(todo), disable=None)
-        rows = [row for finished in bar for row in finished]
+        try:
+            rows = [row for finished in bar for row in finished]
+        except (ValueError, FloatingPointError, MemoryError, OSError) as error:
+            raise SystemExit(f"stopped, finished edits are kept in {config.out}: {error}") from error
     order = {name: i for i, name in enumerate(ALL)}
     table = pd.DataFrame(rows)
     table = table.sort_values(

@@ -297,6 +297,16 @@ def test_characters_that_a_tokenizer_drops() -> None:
     assert "has no token" in problems([Request("Ada was", "語")], letters("Adawsb"))[0]
 
 
+def test_a_paraphrase_may_not_contradict_another_prompt() -> None:
+    first = Request("Ada was born in", "Rome")
+    again = Request("The birthplace of Ada is", "Paris", paraphrases=("Ada was  born in",))
+    found = problems([first, again], tiny_tokenizer())
+    assert len(found) == 1
+    assert "request 1: a paraphrase asks for 'Paris' where request 0 asks for 'Rome'" in found[0]
+    same = Request("The birthplace of Ada is", "Rome", paraphrases=("Ada was born in",))
+    check_requests([first, same], tiny_tokenizer())
+
+
 def test_no_requests() -> None:
     with pytest.raises(ValueError, match="no requests"):
         check_requests([], tiny_tokenizer())

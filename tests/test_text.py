@@ -173,5 +173,8 @@ def test_files_of_documents(tmp_path: Path) -> None:
     for name, text in (("d.txt", " \n\n "), ("d.jsonl", '{"text": 1}'), ("e.jsonl", "[1]"), ("f.jsonl", "")):
         with pytest.raises(ValueError, match=name):
             read(name, text)
+    (tmp_path / "bytes.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match=r"bytes\.txt is no UTF-8"):
+        read_documents(tmp_path / "bytes.txt")
     with pytest.raises(FileNotFoundError, match=r"nothing\.txt"):
         read_documents(tmp_path / "nothing.txt")

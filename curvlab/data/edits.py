@@ -89,7 +89,7 @@ def check_requests(requests: Sequence[Request], tokenizer: Any, *, max_length: i
     Raises:
         ValueError: one error that lists every problem: no requests, an empty prompt or target, surrounding white
             space, text that the tokenizer cannot encode or reads as a special token, too many tokens, a duplicate,
-            two requests that ask for different targets of one prompt.
+            two requests that ask for different targets of one prompt (or paraphrase).
     """
     if not requests:
         raise ValueError("no requests were given")
@@ -107,6 +107,13 @@ def check_requests(requests: Sequence[Request], tokenizer: Any, *, max_length: i
             else:
                 both = f"asks for {request.target!r} where request {earlier} asks for {other!r}"
                 problems.append(f"request {index}: {both} ({prompt!r})")
+    for index, request in enumerate(requests):
+        for text in request.paraphrases:
+            earlier = first.get(" ".join(text.split()), index)
+            other = requests[earlier].target
+            if other.strip() != request.target.strip():
+                both = f"a paraphrase asks for {request.target!r} where request {earlier} asks for {other!r}"
+                problems.append(f"request {index}: {both} ({text!r})")
     if problems:
         raise ValueError(f"{len(problems)} problems in {len(requests)} requests:\n  " + "\n  ".join(problems))
 

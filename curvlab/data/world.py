@@ -114,8 +114,8 @@ class World:
             requests.append(Request(prompt, target, fact.subject, fact.held_out_prompts, neighbours, fact.answer))
         return requests
 
-    def capability(self, n: int, seed: int = 0, without: Sequence[Request] = ()) -> list[str]:
-        """`n` documents of the training kind, for curvature; none that states what an edit in `without` changes."""
+    def capability(self, n: int, seed: int = 0, without: Sequence[Request | Item] = ()) -> list[str]:
+        """`n` documents of the training kind, for curvature; none that states a fact that `without` edits or asks."""
         stale = {text.document for fact in self._edited(without) for text in _statements(fact)}
         documents = [text for text in self.training if text not in stale]
         return random.Random(f"capability {seed}").sample(documents, _between(n, len(documents), "documents"))
@@ -131,7 +131,7 @@ class World:
             facts = draw.sample(facts, _between(n, len(facts), "facts"))
         return [Item(draw.choice(f.held_out_prompts if held_out else f.train_prompts), f.answer) for f in facts]
 
-    def _edited(self, requests: Sequence[Request]) -> set[Fact]:
+    def _edited(self, requests: Sequence[Request | Item]) -> set[Fact]:
         prompts = {request.prompt for request in requests}
         return {fact for fact in self.facts if not prompts.isdisjoint(fact.train_prompts + fact.held_out_prompts)}
 

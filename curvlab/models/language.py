@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 import torch
 from filelock import FileLock
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
@@ -127,7 +128,7 @@ def load_language_model(
         model = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, use_safetensors=True, device_map="auto" if device == "auto" else None
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         kind = ValueError if path.is_dir() else FileNotFoundError
         raise kind(
             f"{name_or_path} could not be loaded as a causal language model with safetensors weights: {error}"

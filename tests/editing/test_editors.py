@@ -201,6 +201,7 @@ TWICE = [*REQUESTS, Request(REQUESTS[0].prompt, "Berlin")]
         ({"editor": "lora", "modules": ("w_proj",)}, "no layer fits"),
         ({"editor": "crispedit-seq", "curvature": "ekfac"}, "do not merge over rounds"),
         ({"editor": "crispedit-seq", "curvature": "covariance", "weights": "share"}, "merged by tokens"),
+        ({"editor": "crispedit-seq", "drift": 0.1}, "drift must be None"),
         ({"editor": "crispedit-seq", "share": 1.0}, "share must lie"),
         ({"editor": "crispedit-seq", "weights": "rounds"}, "weights must be"),
         ({"editor": "kfac-penalty", "strength": -1.0}, "strength must be positive"),

@@ -75,6 +75,20 @@ def test_resumes_with_the_same_rows(environment: dict[str, str], finished: tuple
     pd.testing.assert_frame_equal(pd.read_csv(out / "results.csv").drop(columns=VARYING), first)
 
 
+def test_changed_files_are_noticed(environment: dict[str, str], tmp_path: Path) -> None:
+    edits, text = tmp_path / "edits.jsonl", tmp_path / "text.txt"
+    arguments = ["--edits", str(edits), "--capability", str(text), "--n-edits", "1", "--editors", "none"]
+    text.write_text("\n\n".join(f"The {n} ships sail east." for n in ("ten", "two", "six", "four")))
+    rows = []
+    for target in ("east", "west"):
+        edits.write_text(f'{{"prompt": "The ships sail", "target": "{target}"}}\n')
+        done = run(environment, tmp_path / "out", *arguments)
+        assert done.returncode == 0, done.stderr
+        rows.append(pd.read_csv(tmp_path / "out" / "results.csv").iloc[0])
+    assert rows[0]["edit_success"] == rows[0]["reliability"]  # without paraphrases
+    assert len(list((tmp_path / "out" / "units").iterdir())) == 2  # not the rows of the old file
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -85,6 +99,9 @@ def test_resumes_with_the_same_rows(environment: dict[str, str], finished: tuple
         (["--edits", "nowhere.json"], "nowhere.json"),
         (["--model", "no/such-model"], "--data"),
         (["--seeds", "0", "0"], "distinct"),
+        (["--gammas", "0.9", "0.9"], "distinct"),
+        (["--editors", "crispedit", "--constraint", "ellipsoid"], "no edit to make"),
+        (["--editors", "ft", "--lr", "1e30"], "try a smaller lr"),
         (["--device", "gpu"], "--device"),
     ],
 )

@@ -111,7 +111,7 @@ def test_kfac_eigenvalues_for_ekfac_are_found_out(monkeypatch: pytest.MonkeyPatc
     from curvlab.curvature import KFAC
 
     def plain(cls: Any, model: Any, loss: Any, data: Any, layers: Any, labels: Any) -> Any:
-        return cls(KFAC.fit(model, loss, data, layers, labels=labels).spectrum(), labels)
+        return cls(KFAC.fit(model, loss, data, layers, labels=labels).spectrum(), labels, {})
 
     monkeypatch.setattr(EKFAC, "fit", classmethod(plain))
     setting = random_setting("sequence", "tanh", "logistic", seed=1)

@@ -22,7 +22,7 @@ class ConstrainedSequential(Constrained):
         share: the capability set's share, for weights="share".
         mask_factors: take the edits' factors from the target's loss alone (False, the paper's: from every next
             token of prompt and target).
-        drift: not used within a round, whose projector stays (Algorithm 2).
+        drift: None only: a round keeps its projector (Algorithm 2).
         epsilon: of an ellipsoid, a round: its centre is where the round began.
     """
 
@@ -31,9 +31,14 @@ class ConstrainedSequential(Constrained):
     share: float = 0.5
     mask_factors: bool = False
     gamma: float = 0.999
+    drift: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.drift is not None:
+            raise ValueError(
+                "Algorithm 2 keeps a round's projector: drift must be None; smaller chunks refit more often"
+            )
         if self.chunk < 1:
             raise ValueError(f"chunk must be at least 1, got {self.chunk}")
         if self.weights not in ("tokens", "share"):
