@@ -101,7 +101,6 @@ def test_changed_files_are_noticed(environment: dict[str, str], tmp_path: Path) 
         (["--seeds", "0", "0"], "distinct"),
         (["--gammas", "0.9", "0.9"], "distinct"),
         (["--editors", "crispedit", "--constraint", "ellipsoid"], "no edit to make"),
-        (["--editors", "ft", "--lr", "1e30"], "try a smaller lr"),
         (["--device", "gpu"], "--device"),
     ],
 )
