@@ -122,7 +122,7 @@ class Shape:
 
         config = LlamaConfig(
             hidden_size=self.width, intermediate_size=self.mlp, num_hidden_layers=blocks or self.blocks,
-            num_attention_heads=self.heads, num_key_value_heads=self.keys * self.heads // self.width,
+            num_attention_heads=self.heads, num_key_value_heads=max(self.keys * self.heads // self.width, 1),
             vocab_size=self.vocabulary, max_position_embeddings=positions, tie_word_embeddings=False, **options,
         )  # fmt: skip
         return LlamaForCausalLM(config).eval()
