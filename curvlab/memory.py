@@ -6,7 +6,7 @@ import sys
 import psutil
 import torch
 
-LARGE = 512 * 2**20  # allocations from here on are announced
+LARGE = 512 * 2**20  # allocations above are announced
 
 
 def bytes_of(*shape: int, dtype: torch.dtype = torch.float32) -> int:
@@ -51,5 +51,5 @@ def announce(what: str, needed: int, cheaper: str, device: torch.device | str = 
     free = available(device)
     if needed > free:
         raise MemoryError(f"{what} needs {human(needed)}, {human(free)} are free on {device}; instead: {cheaper}")
-    if needed >= LARGE:
+    if needed > LARGE:
         print(f"curvlab: {what}: {human(needed)} of {human(free)} free", file=sys.stderr, flush=True)
