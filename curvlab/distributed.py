@@ -6,6 +6,7 @@ with `distributed.start()` and `KFAC.fit(..., distributed=True)` in the script. 
 iterates over the same data; examples keep their numbers, so that labels drawn from the model are those of one process.
 """
 
+import atexit
 import os
 from collections.abc import Iterable
 
@@ -24,7 +25,14 @@ def start() -> torch.device:
         torch.cuda.set_device(local)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if gpu else "gloo")
+        atexit.register(_stop)
     return torch.device("cuda", local) if gpu else torch.device("cpu")
+
+
+def _stop() -> None:
+    """Leave the group before Python ends: threads of gloo that outlive it abort the process."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def turn() -> tuple[int, int]:

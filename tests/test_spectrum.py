@@ -204,10 +204,10 @@ def test_what_cannot_fit_is_refused_before_it_is_allocated(
     assert bytes_of(3, 5, dtype=torch.float64) == 120
     assert [human(n) for n in (5, 2048, 3 * 2**20, 2**50)] == ["5 B", "2.0 KiB", "3.0 MiB", "1024.0 TiB"]
     monkeypatch.setattr(memory, "available", lambda device="cpu": 2**30)
-    announce("little", 2**20, "nothing")
+    announce("little", memory.LARGE, "nothing")
     assert capsys.readouterr().err == ""
-    announce("much", 2**29, "less")
-    assert "curvlab: much: 512.0 MiB of 1.0 GiB free" in capsys.readouterr().err
+    announce("much", 3 * 2**28, "less")
+    assert "curvlab: much: 768.0 MiB of 1.0 GiB free" in capsys.readouterr().err
     with pytest.raises(MemoryError, match=r"huge needs 2.0 GiB, 1.0 GiB are free on cpu; instead: less"):
         announce("huge", 2**31, "less")
     monkeypatch.setattr(memory, "available", lambda device="cpu": 1000)
