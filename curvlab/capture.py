@@ -25,8 +25,8 @@ from curvlab.memory import announce, bytes_of, human, peak
 from curvlab.progress import progress
 
 __all__ = [
-    "Batch", "Data", "Pass", "as_batch", "columns", "count_examples", "passes", "require_reiterable", "run", "shaped",
-    "split", "split_at", "to_device",
+    "Batch", "Data", "Pass", "as_batch", "check_exact", "columns", "count_examples", "passes", "require_reiterable",
+    "run", "shaped", "split", "split_at", "to_device",
 ]  # fmt: skip
 
 MAX_COLUMNS = 2048  # backward passes a batch that `labels="exact"` may ask for
@@ -142,11 +142,7 @@ def columns(pass_: Pass, loss: Loss, labels: Labels, draws: int = 1, seed: int =
             yield _by_pieces(outputs, sampled(draw))
     elif labels == "exact":
         positions, classes = outputs.shape[1:]
-        if positions * classes > MAX_COLUMNS:
-            raise ValueError(
-                f"labels='exact' takes one backward pass a class and loss position: {classes} × {positions} "
-                f"exceeds {MAX_COLUMNS}; use labels='model' (unbiased) instead"
-            )
+        check_exact(positions, classes)
         factor = loss.hessian_factor(_float(outputs), targets).to(outputs.dtype)
         carrying = loss.terms(outputs, targets).any(0).tolist()
         for t in (t for t in range(positions) if carrying[t]):
@@ -156,6 +152,18 @@ def columns(pass_: Pass, loss: Loss, labels: Labels, draws: int = 1, seed: int =
                 yield v
     else:
         raise ValueError(f"labels must be 'exact', 'model' or 'data', got {labels!r}")
+
+
+def check_exact(positions: int, classes: int | None) -> None:
+    """Raise ValueError where `labels="exact"` would take more backward passes a batch than `MAX_COLUMNS`.
+
+    `classes` None, where it is not known before a pass, says nothing.
+    """
+    if positions * (classes or 0) > MAX_COLUMNS:
+        raise ValueError(
+            f"labels='exact' takes one backward pass a class and loss position: {classes} × {positions} "
+            f"exceeds {MAX_COLUMNS}; use labels='model' (unbiased) instead"
+        )
 
 
 def _float(t: Tensor) -> Tensor:

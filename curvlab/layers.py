@@ -8,6 +8,7 @@ import difflib
 import fnmatch
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import cast
 
@@ -217,6 +218,16 @@ def find_layers(model: nn.Module, layers: str | Sequence[str], bias: bool = Fals
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
     return [_matrix_layer(name, modules[name], bias, owners) for name in modules if name in chosen]
+
+
+def supported_layers(model: nn.Module) -> list[MatrixLayer]:
+    """All layers of `model` that are one matrix of their own; tied, grouped and parametrized ones are left out."""
+    found = []
+    for name, module in model.named_modules():
+        if name and _kind(module):
+            with suppress(ValueError):
+                found += find_layers(model, name)
+    return found
 
 
 def _matrix_layer(name: str, module: nn.Module, bias: bool, owners: dict[int, list[str]]) -> MatrixLayer:

@@ -6,6 +6,7 @@ vec: coordinates U_outᵀ Q U_in, laid out like W).
 """
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -43,6 +44,12 @@ def eigh(C: Tensor, semidefinite: bool = False) -> tuple[Tensor, Tensor]:
         values = values.clamp_min(0)
     order = values.abs().argsort(descending=True, stable=True)
     return values[order], vectors[:, order]
+
+
+def log_spaced(count: int, points: int) -> list[int]:
+    """Up to `points` indices of 1 … count, evenly spaced in the logarithm, the ends among them: a spectrum to draw."""
+    steps = torch.logspace(0, math.log10(count), points, dtype=torch.float64)
+    return sorted({min(count, max(1, round(x))) for x in steps.tolist()})
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,21 @@ def cache_folder() -> Path:
     return Path(os.environ.get("CURVLAB_CACHE") or "~/.cache/curvlab").expanduser()
 
 
+def require_writable(folder: str | Path) -> None:
+    """See that files can be put into `folder`, which need not exist yet; nothing is left behind.
+
+    Raises:
+        PermissionError: they cannot, or a part of the path is a file.
+    """
+    folder = Path(folder)
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise PermissionError(f"cannot write into {folder}: {existing}: {error.strerror}") from error
+
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place once written; a reader never sees half a file."""

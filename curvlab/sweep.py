@@ -28,6 +28,12 @@ MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
 Project = Literal["gradient", "update", "eigenbasis"]
 
 
+def one_minus_powers(first: float, last: float, count: int) -> tuple[float, ...]:
+    """γ = 1 − 10^−k for k evenly spaced (the paper's grid is first=0.1, last=7, count=20)."""
+    step = (last - first) / (count - 1)
+    return tuple(1 - 10 ** -(first + i * step) for i in range(count))
+
+
 @dataclass(frozen=True)
 class SweepResult:
     """What R runs came to.

@@ -5,7 +5,7 @@ python figures/claims_page.py results/verify_theory/checks.json
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -97,7 +97,7 @@ def ledger(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def section(claim: int, rows: list[Row], pictures: list[Path]) -> str:
+def section(claim: int, rows: list[Row], files: Sequence[Path]) -> str:
     """A claim: its statements with the idea of their proofs, the numbers, the picture."""
     parts = [f"## {claim}. {TITLES.get(claim, '')}"]
     for name in dict.fromkeys(row["name"] for row in rows):
@@ -125,22 +125,33 @@ def section(claim: int, rows: list[Row], pictures: list[Path]) -> str:
                 often = f", holds in {sum(all_of)} of {len(all_of)}" if "either way" in what else ""
                 lines.append(f"- {label}{often}{wrong}: {sentence(found)}")
         parts.append("\n".join(lines))
-    parts += [f"![Claim {claim}]({file.name})" for file in pictures if file.suffix == ".png"]
+    parts += [f"![Claim {claim}]({file.name})" for file in files if file.suffix == ".png"]
     return "\n\n".join(parts)
 
 
-def write(rows: list[Row], folder: Path, suffix: Literal[".pdf", ".png"] = ".pdf") -> Path:
+def pictures(rows: list[Row], folder: Path, suffix: Literal[".pdf", ".png"] = ".pdf") -> list[Path]:
+    """Draw the figures of one claim into `folder`, from all its rows; their files."""
+    claim = rows[0]["claim"]
+    files = [file for name, draw in FIGURES.get(claim, []) for file in draw(rows, folder / f"{name}{suffix}")]
+    return files or cases.draw(rows, folder / f"claim_{claim:02}{suffix}")
+
+
+def write(
+    rows: list[Row],
+    folder: Path,
+    suffix: Literal[".pdf", ".png"] = ".pdf",
+    drawn: Mapping[int, Sequence[Path]] | None = None,
+) -> Path:
     """Draw every figure into `folder` and write claims.md there: the ledger, then a section a claim.
 
-    Figures are PNG, with `suffix` .pdf each is also a PDF.
+    Figures are PNG, with `suffix` .pdf each is also a PDF. `drawn` are files by claim that `pictures` has drawn.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    drawn = drawn or {}
     sections = []
     for claim in sorted({row["claim"] for row in rows}):
         own = [row for row in rows if row["claim"] == claim]
-        pictures = [file for name, draw in FIGURES.get(claim, []) for file in draw(own, folder / f"{name}{suffix}")]
-        pictures = pictures or cases.draw(own, folder / f"claim_{claim:02}{suffix}")
-        sections.append(section(claim, own, pictures))
+        sections.append(section(claim, own, drawn[claim] if claim in drawn else pictures(own, folder, suffix)))
     origin = rows[0].get("origin", {})
     about = ", ".join(
         f"{key} {origin[key]}" for key in ("preset", "dataset", "commit", "torch", "machine") if origin.get(key)

@@ -61,6 +61,9 @@ def draw(table: pd.DataFrame, path: Path) -> list[Path]:
     first, seeds = table.iloc[0], table["seed"].nunique()
     spread = "1 seed" if seeds == 1 else f"{seeds} seeds: mean ± standard deviation"
     what = f"{first['model']}, {first['n_edits']} edits ({first['edits']})"
+    diverged = int(table["diverged"].sum()) if "diverged" in table else 0
+    if diverged:
+        what += f"; {diverged} of {len(table)} edits diverged and are left out"
     figure.suptitle(f"{what}, generated answers, {spread}", fontsize=10)
     return save(figure, path)
 

@@ -3,6 +3,7 @@
 python figures/tradeoff.py results/results.csv
 """
 
+import math
 import sys
 from pathlib import Path
 
@@ -18,6 +19,12 @@ def curve(rows: pd.DataFrame, knob: str) -> pd.DataFrame:
     """Mean and standard deviation over seeds of both accuracies (in %), one line a value of γ or ε."""
     grouped = rows.groupby(knob)[["pretrain_accuracy", "finetune_accuracy"]]
     return (100 * grouped.mean()).join((100 * grouped.std().fillna(0.0)).add_suffix("_std"))
+
+
+def axis_start(table: pd.DataFrame) -> float:
+    """Left end of the figure in %: 95 as in the paper, or lower where little would be seen (small presets)."""
+    constrained = 100 * table[table["constraint"] != "none"]["pretrain_accuracy"]
+    return 95.0 if len(constrained) == 0 or constrained.median() > 97 else math.floor(constrained.min() / 10) * 10.0
 
 
 def draw(table: pd.DataFrame, path: Path, from_accuracy: float = 95.0) -> list[Path]:

@@ -25,19 +25,26 @@ import torch
 import tyro
 from tqdm import tqdm
 
+from curvlab.batches import output_width
+from curvlab.capture import check_exact
 from curvlab.curvature.origin import weights_checksum
 from curvlab.data.edits import Request, check_requests, load_edits
-from curvlab.data.text import PLAIN, QA, encode_documents, read_documents
+from curvlab.data.text import PLAIN, QA, encode_documents, fill, shuffled_documents
 from curvlab.data.world import World, make_world
 from curvlab.data.world_tasks import Item
-from curvlab.editing import Capability, default_layers, edit, editors
-from curvlab.evaluation.capability import answers_right, kl_from, nll
-from curvlab.evaluation.editing import evaluate_edits
-from curvlab.evaluation.intervals import bootstrap
+from curvlab.editing import Capability, EditedModel, default_layers, edit, editors, output_projections
+from curvlab.editing.job import longest
+from curvlab.evaluation.capability import TokenMeans, answers_right, kl_from, nll
+from curvlab.evaluation.editing import evaluate_edits, prompts_of
+from curvlab.evaluation.generation import check_prompts
+from curvlab.evaluation.intervals import Interval, bootstrap
+from curvlab.evaluation.tradeoff import best_at
 from curvlab.layers import Matrices, find_layers
-from curvlab.memory import human
-from curvlab.models.language import embedded_model, embedded_record, load_language_model
+from curvlab.memory import human, peak
+from curvlab.models.language import EMBEDDED, embedded_model, embedded_record, load_language_model
 from curvlab.records import Row, cached_rows, fingerprint, provenance, write_table
+from curvlab.refusal import refuse
+from curvlab.storage import require_writable
 from figures.llm_editing import draw
 
 # what is varied of each editor; the others run once a seed
@@ -49,6 +56,11 @@ KNOBS = {
 CURVES = ("crispedit", "crispedit-ekfac", "crispedit-covariance", "crispedit-eps")
 STRENGTHS = {"kfac-penalty": (1e1, 1e2, 1e3), "ewc": (1e2, 1e3, 1e4), "replay": (1.0,)}
 RATIOS = (10.0, 30.0)  # of Adam-NSCL, the authors'
+# what the printed tables show; NaN of an edit that diverged
+MEASURED = (
+    "edit_success", "reliability", "generalisation", "specificity", "reliability_qa", "reliability_teacher_forced",
+    "nll", "perplexity",
+)  # fmt: skip
 LEARNT = 0.5  # held-out accuracy from which on a task counts as a capability
 
 
@@ -179,28 +191,32 @@ def resolve(config: Config) -> tuple[Config, Preset]:
         preset = replace(preset, ft_lrs=(config.lr,))
     unknown = sorted(set(preset.editors) - set(editors()))
     if unknown or not preset.editors:
-        raise SystemExit(f"--editors: unknown {unknown}; choose from {', '.join(editors())}")
+        refuse(f"--editors: unknown {unknown}; choose from {', '.join(editors())}")
     if any(not 0 < g < 1 for g in (*preset.gammas, *preset.seq_gammas)):
-        raise SystemExit(f"--gammas must lie strictly between 0 and 1, got {[*preset.gammas, *preset.seq_gammas]}")
+        refuse(f"--gammas must lie strictly between 0 and 1, got {[*preset.gammas, *preset.seq_gammas]}")
     for name in ("gammas", "epsilons", "seq_gammas", "editors"):
         if len(set(getattr(preset, name))) < len(getattr(preset, name)):
-            raise SystemExit(f"--{name.replace('_', '-')} must be distinct, got {list(getattr(preset, name))}")
+            refuse(f"--{name.replace('_', '-')} must be distinct, got {list(getattr(preset, name))}")
     if any(not (math.isfinite(e) and e > 0) for e in preset.epsilons):
-        raise SystemExit(f"--epsilons must be positive and finite, got {list(preset.epsilons)}")
+        refuse(f"--epsilons must be positive and finite, got {list(preset.epsilons)}")
     if not preset.seeds or len(set(preset.seeds)) < len(preset.seeds):
-        raise SystemExit(f"--seeds must be distinct and at least one, got {list(preset.seeds)}")
-    if min(preset.n_edits, preset.n_capability, preset.epochs) < 1 or preset.lr <= 0 or config.jobs < 0:
-        raise SystemExit("--n-edits, --n-capability, --epochs and --lr must be positive, --jobs not negative")
-    if config.embedded and config.model not in ("embedded", "embedded-gpt2"):
-        raise SystemExit(f"--model {config.model}: choose embedded, embedded-gpt2, or a Hugging Face name or path")
+        refuse(f"--seeds must be distinct and at least one, got {list(preset.seeds)}")
+    if min(preset.n_edits, preset.n_capability, preset.epochs) < 1 or not 0 < preset.lr < math.inf or config.jobs < 0:
+        refuse("--n-edits, --n-capability, --epochs and --lr must be positive, --jobs not negative")
+    if config.embedded and config.model not in EMBEDDED:
+        refuse(f"--model {config.model}: choose {', '.join(EMBEDDED)}, or a Hugging Face name or path")
     if not config.embedded and config.edits == "world":
-        raise SystemExit("--edits world: the world's facts are known to the embedded models only")
+        refuse("--edits world: the world's facts are known to the embedded models only")
     if not config.embedded and config.folder is None and (config.capability is None or config.edits is None):
-        raise SystemExit("give --data (or CURVLAB_DATA), or both --edits FILE and --capability FILE")
+        refuse("give --data (or CURVLAB_DATA), or both --edits FILE and --capability FILE")
     try:
         torch.empty(0, device=config.device)
     except (RuntimeError, AssertionError) as error:
-        raise SystemExit(f"--device {config.device}: {error}") from error
+        refuse(f"--device {config.device}: {error}")
+    try:
+        require_writable(config.out)
+    except PermissionError as error:
+        refuse(f"--out: {error}")
     default_edits = "world" if config.embedded else "counterfact"
     return replace(config, edits=config.edits or default_edits), preset
 
@@ -264,8 +280,7 @@ def world_of(config: Config, preset: Preset) -> World:
 def loaded(config: Config, preset: Preset) -> tuple[Any, Any]:
     """The model and its tokenizer, once a process."""
     if config.embedded:
-        family: Any = "gpt2" if config.model.endswith("gpt2") else "llama"
-        model, tokenizer = embedded_model(world_of(config, preset), family)
+        model, tokenizer = embedded_model(world_of(config, preset), EMBEDDED[config.model])
     else:
         model, tokenizer = load_language_model(config.model, device=config.device)
     return model.to(config.device), tokenizer  # type: ignore[arg-type]
@@ -285,37 +300,39 @@ def prepare(config: Config, preset: Preset, seed: int) -> Bench:
     questions: dict[str, list[Item]] = {}
     if config.capability is not None or world is None:
         file = config.capability or Path(str(config.folder)) / "text" / "wikitext2_valid.txt"
-        texts = [text for text in read_documents(file) if len(tokenizer(text)["input_ids"]) > 1]
-        order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
+        texts = shuffled_documents(file, tokenizer, seed)
         half = (len(texts) + 1) // 2  # one half to take curvature on, the other to measure on
-        documents = [texts[i] for i in order[:half][: preset.n_capability]]
-        held_out = [texts[i] for i in order[half:][: preset.n_asked]] or documents
+        documents = texts[:half][: preset.n_capability]
+        held_out = texts[half:][: preset.n_asked] or documents
     if world is not None:
         questions["recall"] = world.recall(preset.n_asked, seed, without=requests)
         if config.capability is None:
-            held: list[Request | Item] = [
-                *requests,
-                *questions["recall"],
-            ]  # what is asked is not in the text that curvature is taken on
+            # what is asked is not in the text that curvature is taken on
+            held: list[Request | Item] = [*requests, *questions["recall"]]
             documents = world.capability(preset.n_capability, seed, without=held)
             held_out = list(world.stories[: preset.n_asked])
-        family: Any = "gpt2" if config.model.endswith("gpt2") else "llama"
-        able = embedded_record(world, family)  # what the model never learnt, no edit can destroy
+        able = embedded_record(world, EMBEDDED[config.model])  # what the model never learnt, no edit can destroy
         questions |= {
             f"task_{name}": items[: preset.n_asked]
             for name, items in world.tasks.items()
             if able[f"task_{name}"] >= LEARNT or preset.size == "tiny"
         }
+    asked = prompts_of(requests) + [fill(QA, prompt) for prompt in prompts_of(requests[: preset.n_asked])]
+    check_prompts(model, tokenizer, asked + [item.prompt for items in questions.values() for item in items])
     base = copy.deepcopy(model) if config.embedded else None
-    capability = Capability(documents, labels=config.labels, seed=seed)
-    every = ["*.mlp.c_proj" if config.model.endswith("gpt2") else "*.mlp.down_proj"]
-    patterns = config.layers or (every if config.embedded else default_layers(model))
+    capability = Capability(documents, max_length=min(512, longest(model)), labels=config.labels, seed=seed)
+    if config.labels == "exact":
+        check_exact(max(batch.targets.shape[1] for batch in capability.batches(tokenizer)), output_width(model))
+    patterns = config.layers or (output_projections(model) if config.embedded else default_layers(model))
     layers = [layer.name for layer in find_layers(model, list(patterns))]
     return Bench(model, tokenizer, layers, requests, capability, held_out, questions, "." if world else "", base)
 
 
 def measure(config: Config, preset: Preset, bench: Bench) -> Row:
-    """What the model says: the edits with and without QA context, and its capabilities; intervals of 95 %."""
+    """What the model says: the edits with and without QA context, and its capabilities; intervals of 95 %.
+
+    Losses are NaN where the model's outputs are.
+    """
     model, tokenizer = bench.model, bench.tokenizer
     values: dict[str, list[float]] = evaluate_edits(model, tokenizer, bench.requests, template=PLAIN)
     asked = bench.requests[: preset.n_asked]
@@ -326,21 +343,28 @@ def measure(config: Config, preset: Preset, bench: Bench) -> Row:
     asked_of = [values[name] for name in ("reliability", "generalisation") if values[name]]
     row: Row = _mean_of("edit_success", asked_of) | (_mean_of("capability", list(correct.values())) if correct else {})
     for name, found in values.items():
-        interval = bootstrap(found) if found else None
-        row[name] = interval.mean if interval else math.nan
-        row[f"{name}_low"], row[f"{name}_high"] = (interval.low, interval.high) if interval else (math.nan, math.nan)
-    of_text = nll(model, tokenizer, bench.held_out).interval()
-    row |= {"nll": of_text.mean, "nll_low": of_text.low, "nll_high": of_text.high}
+        row |= _columns(name, bootstrap(found))  # (NaN where nothing was asked)
+    room = bench.capability.max_length
+    row |= _losses("nll", nll(model, tokenizer, bench.held_out, max_length=room))
     for name in ("nll", "nll_low", "nll_high"):
         row[name.replace("nll", "perplexity")] = math.exp(min(row[name], 700.0))
     if bench.base is not None:
-        kl = kl_from(bench.base, model, tokenizer, bench.held_out).interval()
-        row |= {"kl": kl.mean, "kl_low": kl.low, "kl_high": kl.high}
+        row |= _losses("kl", kl_from(bench.base, model, tokenizer, bench.held_out, max_length=room))
     if config.harness:
         from curvlab.evaluation.harness import base_capabilities
 
-        row |= {f"harness_{task}": score for task, score in base_capabilities(model, tokenizer).items()}
+        for task, score in base_capabilities(model, tokenizer).items():
+            row |= _columns(f"harness_{task}", score.interval)
     return row
+
+
+def _columns(name: str, interval: Interval) -> Row:
+    return {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
+
+
+def _losses(name: str, means: TokenMeans) -> Row:
+    finite = all(map(math.isfinite, means.values))
+    return _columns(name, means.interval() if finite else Interval(math.nan, math.nan, math.nan))
 
 
 def _mean_of(name: str, groups: list[list[float]]) -> Row:
@@ -348,8 +372,7 @@ def _mean_of(name: str, groups: list[list[float]]) -> Row:
     size = sum(map(len, groups))
     items = [(value, size / len(group)) for group in groups for value in group]
     alike = len(set(map(len, groups))) == 1  # then without weights, which keeps the exact interval of equal values
-    found = bootstrap([v for v, _ in items], weights=None if alike else [w for _, w in items])
-    return {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high}
+    return _columns(name, bootstrap([v for v, _ in items], weights=None if alike else [w for _, w in items]))
 
 
 def predicted(bench: Bench, moved: Matrices) -> float:
@@ -362,62 +385,90 @@ def predicted(bench: Bench, moved: Matrices) -> float:
     return float(spectrum.quadratic_form(delta)) / 2
 
 
+def options_of(config: Config, preset: Preset, unit: Unit, bench: Bench) -> dict[str, Any]:
+    """Options of the editor, as far as the preset, the command line or the unit say."""
+    if unit.editor == "none":
+        return {}
+    options: dict[str, Any] = {"ending": bench.ending, "batch_size": preset.batch_size}
+    if not unit.editor.startswith("lora"):
+        options |= {"epochs": preset.epochs, "lr": preset.lr}
+    if "seq" in unit.editor:
+        options["chunk"] = preset.chunk
+    knob = KNOBS.get(unit.editor)
+    if knob:
+        options[knob] = unit.value
+    if unit.editor.startswith("crispedit") and config.project:
+        options["project"] = "update" if (knob, config.project) == ("epsilon", "gradient") else config.project
+    return options
+
+
 def run_unit(config: Config, preset: Preset, unit: Unit, origin: Row) -> list[Row]:
-    """One edit and what it did; `origin` are the columns of provenance."""
+    """One edit and what it did; `origin` are the columns of provenance. An edit that diverges has no measures."""
     if config.device == "cpu":
         torch.set_num_threads(1 if config.embedded else torch.get_num_threads())
     bench = prepare(config, preset, unit.seed)
-    settings: dict[str, Any] = {}
-    knob = KNOBS.get(unit.editor)
-    if unit.editor != "none":
-        settings |= {"ending": bench.ending, "batch_size": preset.batch_size}
-        if not unit.editor.startswith("lora"):
-            settings |= {"epochs": preset.epochs, "lr": preset.lr}
-        if "seq" in unit.editor:
-            settings["chunk"] = preset.chunk
-        if knob:
-            settings[knob] = unit.value
-        if unit.editor.startswith("crispedit") and config.project:
-            settings["project"] = "update" if (knob, config.project) == ("epsilon", "gradient") else config.project
-    edited = edit(
-        bench.model, bench.tokenizer, bench.requests, editor=unit.editor, layers=bench.layers,
-        capability=bench.capability, seed=unit.seed, **settings,
-    )  # fmt: skip
-    moved = edited.displacement()
+    knob, settings = KNOBS.get(unit.editor), options_of(config, preset, unit, bench)
+    row: Row
+    started = time.perf_counter()
     try:
-        row = measure(config, preset, bench)
-    finally:
-        edited.undo()
-    row["predicted_kl"] = predicted(bench, moved) if config.embedded else math.nan
+        edited = edit(
+            bench.model, bench.tokenizer, bench.requests, editor=unit.editor, layers=bench.layers,
+            capability=bench.capability, seed=unit.seed, **settings,
+        )  # fmt: skip
+    except FloatingPointError as error:  # (the weights are put back)
+        logging.getLogger("curvlab").warning("%s, %s: %s; recorded as diverged", unit.editor, settings, error)
+        row = dict.fromkeys(MEASURED, math.nan) | {"diverged": 1, "stopped": "diverged"}
+        row |= {"edit_seconds": time.perf_counter() - started, "peak_bytes": peak(config.device)}
+        options = settings
+    else:
+        moved = edited.displacement()
+        try:
+            row = measure(config, preset, bench)
+        finally:
+            edited.undo()
+        row |= {"predicted_kl": predicted(bench, moved) if config.embedded else math.nan} | of_the_edit(edited)
+        row["diverged"] = int(not math.isfinite(cast(float, row["nll"])))
+        options = edited.options
     row = {
         "study": "llm_editing", "model": config.model, "editor": unit.editor,
         "gamma": unit.value if knob == "gamma" else math.nan,
         "epsilon": unit.value if knob == "epsilon" else math.nan,
         "strength": unit.value if knob in ("strength", "ratio", "lr") else math.nan,
         "seed": unit.seed, **row,
-        "edit_loss": edited.losses[-1] if edited.losses else math.nan, "stopped": edited.stopped,
-        "epochs_run": edited.counts.get("epochs", 0), "refits": edited.counts.get("refits", 0),
-        "leak": edited.counts.get("leak", math.nan), "drift": edited.drift,
         "edits": config.edits, "n_edits": len(bench.requests), "n_asked": preset.n_asked,
         "batch_size": preset.batch_size, "chunk": preset.chunk, "n_capability": len(bench.capability.documents),
-        "layers": " ".join(bench.layers), "labels": config.labels, "project": str(edited.options.get("project", "")),
-        "lr": edited.options.get("lr", math.nan), "device": config.device, "preset": config.preset,
-        "edit_seconds": edited.seconds, "curvature_seconds": edited.curvature_seconds,
-        "peak_bytes": edited.peak_bytes,
+        "layers": " ".join(bench.layers), "labels": config.labels, "project": str(options.get("project", "")),
+        "lr": options.get("lr", math.nan), "device": config.device, "preset": config.preset,
     }  # fmt: skip
     return [row | origin]
 
 
+def of_the_edit(edited: EditedModel) -> Row:
+    """How the edit went."""
+    return {
+        "edit_loss": edited.losses[-1] if edited.losses else math.nan, "stopped": edited.stopped,
+        "epochs_run": edited.counts.get("epochs", 0), "refits": edited.counts.get("refits", 0),
+        "leak": edited.counts.get("leak", math.nan), "drift": edited.drift, "edit_seconds": edited.seconds,
+        "curvature_seconds": edited.curvature_seconds, "peak_bytes": edited.peak_bytes,
+    }  # fmt: skip
+
+
 def with_kept(table: pd.DataFrame) -> pd.DataFrame:
-    """Column capability_kept: capability as a share of the unedited model's (without tasks: e^−Δnll of the held-out
-    text, at most 1: a text that became likelier is no gain of capability)."""
-    if not (table["editor"] == "none").any():
-        return table.assign(capability_kept=math.nan)
+    """Columns capability_kept, …_low and …_high: capability as a share of the unedited model's (without tasks: e^−Δnll
+    of the held-out text, at most 1: a text that became likelier is no gain of capability). The interval is that of the
+    edited model's measure; the unedited one's value on the same items counts as exact."""
+    known = (table["editor"] == "none").any()
     base = table[table["editor"] == "none"].set_index("seed")
     of = table["seed"].map
-    if "capability" in table:
-        return table.assign(capability_kept=table["capability"] / of(base["capability"]))
-    return table.assign(capability_kept=[math.exp(min(d, 0.0)) for d in of(base["nll"]) - table["nll"]])
+    kept = {}
+    for end, other in (("", ""), ("_low", "_high"), ("_high", "_low")):
+        if not known:
+            kept[f"capability_kept{end}"] = pd.Series(math.nan, table.index)
+        elif "capability" in table:
+            kept[f"capability_kept{end}"] = table[f"capability{end}"] / of(base["capability"])
+        else:  # the higher the loss the less is kept
+            kept[f"capability_kept{end}"] = (of(base["nll"]) - table[f"nll{other}"]).clip(upper=0.0).map(math.exp)
+    return table.assign(**kept)
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
@@ -429,8 +480,11 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
         name, *values = cast(tuple[str, float, float, float], key)
         value = next((v for v in values if not math.isnan(v)), math.nan)
         line: Row = {"editor": name, "setting": "" if math.isnan(value) else f"{KNOBS[name]} {value:g}"}
-        line |= {_short(c): f"{100 * rows[c].mean():.0f}" for c in shown}
-        line |= {"perplexity": f"{rows['perplexity'].mean():.2f}", "s": f"{rows['edit_seconds'].mean():.0f}"}
+        line |= {_short(c): f"{100 * rows[c].mean():.0f}".replace("nan", "–") for c in shown}
+        line["perplexity"] = f"{rows['perplexity'].mean():.2f}".replace("nan", "–")
+        line["s"] = f"{rows['edit_seconds'].mean():.0f}"
+        if table["diverged"].any():  # means are over the others
+            line["diverged"] = f"{rows['diverged'].sum()} of {len(rows)}"
         lines.append(line)
     return pd.DataFrame(lines)
 
@@ -443,19 +497,9 @@ def _short(name: str) -> str:
 
 
 def at_capability(rows: pd.DataFrame, knob: str, target: float) -> float:
-    """Edit success where a curve over its knob keeps `target` of the capability; the best such point.
-
-    Linear between neighbouring values of the knob; a curve that stays above counts with its best point.
-    """
+    """Edit success where a curve over its knob keeps `target` of the capability; the best such point."""
     rows = rows.sort_values(knob)
-    x, y = rows["capability_kept"].to_numpy(), rows["edit_success"].to_numpy()
-    found = [
-        y[i] + (target - x[i]) / (x[i + 1] - x[i]) * (y[i + 1] - y[i])
-        for i in range(len(x) - 1)
-        if (x[i] - target) * (x[i + 1] - target) <= 0 and x[i] != x[i + 1]
-    ]
-    above = [value for value, kept in zip(y, x, strict=True) if kept >= target]
-    return float(max(found + above, default=math.nan))
+    return best_at(rows["capability_kept"].to_numpy(), rows["edit_success"].to_numpy(), target)
 
 
 def at_equal_capability(table: pd.DataFrame, targets: tuple[float, ...] = (0.98, 0.95, 0.9)) -> pd.DataFrame:
@@ -484,7 +528,7 @@ def main(config: Config) -> None:
             bench = prepare(config, preset, seed)  # trains the embedded model on its first use
             drawn[seed] = [bench.requests, bench.capability.documents, bench.held_out, weights_checksum(bench.model)]
     except (FileNotFoundError, ValueError, OSError) as error:
-        raise SystemExit(str(error)) from error
+        refuse(error)
     world = world_of(config, preset) if config.embedded else None
     data = {"dataset": world.name, "dataset_checksum": world.fingerprint} if world else {"dataset": config.model}
     tokens = sum(
@@ -493,7 +537,7 @@ def main(config: Config) -> None:
     origin = data | provenance(__file__)
     todo = units(config, preset)
     if not todo:
-        raise SystemExit("no edit to make: --editors, --constraint and --gammas or --epsilons leave none")
+        refuse("no edit to make: --editors, --constraint and --gammas or --epsilons leave none")
     print(
         f"{config.model}: {sum(p.numel() for p in bench.model.parameters()) / 1e6:.1f} M parameters, edits in "
         f"{', '.join(bench.layers)}; {preset.n_edits} requests, {len(bench.capability.documents)} capability documents "
@@ -522,10 +566,11 @@ def main(config: Config) -> None:
         calls = joblib.Parallel(return_as="generator_unordered")(joblib.delayed(finish)(unit) for unit in todo)
         bar = tqdm(calls, desc="edits and their evaluation", total=len(todo), disable=None)
         try:
-            rows = [row for finished in bar for row in finished]
+            rows: list[Row] = [row for finished in bar for row in finished]
         except (ValueError, FloatingPointError, MemoryError, OSError) as error:
             raise SystemExit(f"stopped, finished edits are kept in {config.out}: {error}") from error
     order = {name: i for i, name in enumerate(ALL)}
+    rows.sort(key=lambda row: row["diverged"])  # the first row has all columns
     table = pd.DataFrame(rows)
     table = table.sort_values(
         ["editor", "gamma", "epsilon", "strength", "seed"], ignore_index=True,

@@ -23,20 +23,23 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from curvlab.capture import Batch
+from curvlab.batches import output_width
+from curvlab.capture import Batch, check_exact
 from curvlab.curvature import EKFAC, KFAC, Covariance
 from curvlab.curvature.origin import weights_checksum
-from curvlab.data.text import encode_documents, read_documents
+from curvlab.data.text import encode_documents, shuffled_documents
 from curvlab.data.world import make_world
 from curvlab.editing import default_layers
 from curvlab.editing.job import longest
 from curvlab.layers import LayerShape, find_layers
 from curvlab.losses import CrossEntropy
 from curvlab.memory import human, peak
-from curvlab.models.language import embedded_model, load_language_model
+from curvlab.models.language import EMBEDDED, embedded_model, load_language_model
 from curvlab.projector import overlap
 from curvlab.records import Row, cached_rows, fingerprint, provenance, write_table
+from curvlab.refusal import refuse
 from curvlab.spectrum import Spectrum
+from curvlab.storage import require_writable
 from figures.llm_spectra import draw
 
 METHODS = ("kfac", "ekfac", "covariance")
@@ -105,22 +108,26 @@ def resolve(config: Config) -> tuple[Config, Preset]:
         if getattr(config, name) is not None:
             preset = replace(preset, **{name: getattr(config, name)})
     if not preset.gammas or any(not 0 < g < 1 for g in preset.gammas):
-        raise SystemExit(f"--gammas must lie strictly between 0 and 1, got {list(preset.gammas)}")
+        refuse(f"--gammas must lie strictly between 0 and 1, got {list(preset.gammas)}")
     if preset.n_capability < 1:
-        raise SystemExit("--n-capability must be positive")
-    if config.embedded and config.model not in ("embedded", "embedded-gpt2"):
-        raise SystemExit(f"--model {config.model}: choose embedded, embedded-gpt2, or a Hugging Face name or path")
+        refuse("--n-capability must be positive")
+    if config.embedded and config.model not in EMBEDDED:
+        refuse(f"--model {config.model}: choose {', '.join(EMBEDDED)}, or a Hugging Face name or path")
     if not config.embedded and config.capability is None:
         folder = config.data or os.environ.get("CURVLAB_DATA")
         if not folder:
-            raise SystemExit("give --capability FILE, or --data (or CURVLAB_DATA) for WikiText")
+            refuse("give --capability FILE, or --data (or CURVLAB_DATA) for WikiText")
         config = replace(config, capability=Path(folder) / "text" / "wikitext2_valid.txt")
     if config.capability is not None and not config.capability.is_file():
-        raise SystemExit(f"--capability: no such file: {config.capability}")
+        refuse(f"--capability: no such file: {config.capability}")
     try:
         torch.empty(0, device=config.device)
     except (RuntimeError, AssertionError) as error:
-        raise SystemExit(f"--device {config.device}: {error}") from error
+        refuse(f"--device {config.device}: {error}")
+    try:
+        require_writable(config.out)
+    except PermissionError as error:
+        refuse(f"--out: {error}")
     return config, replace(preset, gammas=tuple(sorted(preset.gammas)))
 
 
@@ -140,18 +147,19 @@ def prepare(config: Config, preset: Preset) -> Subject:
     model: Any
     if config.embedded:
         world = make_world(preset.size, data=config.data)
-        model, tokenizer = embedded_model(world, "gpt2" if config.model.endswith("gpt2") else "llama")
+        model, tokenizer = embedded_model(world, EMBEDDED[config.model])
         dataset, documents = world.name, world.capability(preset.n_capability, config.seed)
     else:
         model, tokenizer = load_language_model(config.model, device=config.device, dtype=config.dtype)
     model.to(config.device)
     if config.capability is not None:
-        texts = [text for text in read_documents(config.capability) if len(tokenizer(text)["input_ids"]) > 1]
-        order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(config.seed)).tolist()
-        dataset, documents = config.capability.name, [texts[i] for i in order[: preset.n_capability]]
+        documents = shuffled_documents(config.capability, tokenizer, config.seed)[: preset.n_capability]
+        dataset = config.capability.name
     patterns = config.layers or _default_layers(config, model)
     layers = tuple(layer.shape for layer in find_layers(model, patterns))
     batches = encode_documents(tokenizer, documents, max_length=min(512, longest(model)), batch_size=32)
+    if config.labels == "exact":
+        check_exact(max(batch.targets.shape[1] for batch in batches), output_width(model))
     return Subject(model, layers, batches, dataset, fingerprint({"documents": documents}))
 
 
@@ -247,7 +255,7 @@ def main(config: Config) -> None:
     try:
         subject = prepare(config, preset)
     except (FileNotFoundError, ValueError, OSError) as error:
-        raise SystemExit(str(error)) from error
+        refuse(error)
     terms = sum(int((batch.targets >= 0).sum()) for batch in subject.batches)
     positions = sum(int(batch.inputs["attention_mask"].sum()) for batch in subject.batches)
     print(
@@ -273,8 +281,11 @@ def main(config: Config) -> None:
         return [own | row | origin | cost for row in rows]
 
     rows: list[Row] = []
-    for number in tqdm(range(len(subject.layers)), desc="layers", disable=None):
-        rows += cached_rows(folder / f"{number}.json", lambda number=number: finish(number))  # type: ignore[misc]
+    try:
+        for number in tqdm(range(len(subject.layers)), desc="layers", disable=None):
+            rows += cached_rows(folder / f"{number}.json", lambda number=number: finish(number))  # type: ignore[misc]
+    except (ValueError, FloatingPointError, MemoryError, OSError) as error:
+        raise SystemExit(f"stopped, finished layers are kept in {config.out}: {error}") from error
     table = pd.DataFrame(rows)
     write_table(table, config.out / "results.csv")
     files = draw(table, config.out / "llm_spectra.pdf")

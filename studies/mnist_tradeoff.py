@@ -23,20 +23,19 @@ import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from curvlab.capture import split_at
 from curvlab.curvature import EKFAC, KFAC, Covariance, GaussNewton, Hessian
-from curvlab.data import ImagePair, load_pair, subset
+from curvlab.data import ImagePair, load_pair
 from curvlab.descent import leakage
-from curvlab.evaluation import accuracy, kl_divergence
+from curvlab.evaluation.tradeoff import best_at
+from curvlab.evaluation.transfer import Transfer
 from curvlab.layers import find_layers
 from curvlab.losses import CrossEntropy
 from curvlab.memory import human, peak
-from curvlab.models import LeNet5, pretrain
+from curvlab.models import LeNet5, pretrained_lenet
 from curvlab.projector import Constraint, NullSpace
 from curvlab.records import Row, cached_rows, fingerprint, provenance, write_table
-from curvlab.storage import cache_folder, load_tensors, save_tensors
-from curvlab.sweep import sweep
-from figures.tradeoff import TASK_NAMES, draw
+from curvlab.sweep import one_minus_powers, sweep
+from figures.tradeoff import TASK_NAMES, axis_start, draw
 
 METHODS = ("hessian", "ggn", "kfac", "ekfac", "covariance", "none")
 KRONECKER = ("kfac", "ekfac", "covariance")
@@ -59,12 +58,6 @@ class Preset:
     epochs: int
     lr: float
     dtype: Literal["float32", "float64"] = "float32"
-
-
-def one_minus_powers(first: float, last: float, count: int) -> tuple[float, ...]:
-    """γ = 1 − 10^−k for k evenly spaced (the paper's grid is first=0.1, last=7, count=20)."""
-    step = (last - first) / (count - 1)
-    return tuple(1 - 10 ** -(first + i * step) for i in range(count))
 
 
 DENSE = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
@@ -196,38 +189,12 @@ def identity(config: Config, preset: Preset, origin: Row) -> Row:
     return asdict(preset) | own | origin
 
 
-def pretrained(config: Config, preset: Preset, pair: ImagePair, seed: int) -> LeNet5:
-    """LeNet-5 after pre-training; cached, so that it is trained once a seed."""
-    train = pair.pretrain_train
-    count = min(preset.pretrain_images, len(train))
-    epochs = preset.pretrain_epochs if pair.name == "mnist" else 3 * preset.pretrain_epochs
-    key = fingerprint(
-        {"seed": seed, "activation": config.activation, "images": count, "epochs": epochs, "torch": torch.__version__,
-         "data": pair.provenance()["dataset_checksum"]}
-    )  # fmt: skip
-    file = cache_folder() / f"lenet5-{key}.safetensors"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = LeNet5(config.activation)
-    if not file.is_file():
-        if count < len(train):
-            train = subset(train, count, seed)
-        pretrain(model, train.x, train.y, epochs=epochs, seed=seed, progress_desc=f"pre-training, seed {seed}")
-        save_tensors(file, "lenet5", model.state_dict(), {"seed": str(seed)})
-    model.load_state_dict(load_tensors(file, "lenet5")[0])
-    return model.to(device=config.device, dtype=getattr(torch, preset.dtype)).eval()
-
-
-@dataclass(frozen=True)
-class Task:
-    """What every run of one seed shares: the head, its inputs, the capability set, and where it starts."""
-
-    head: nn.Sequential
-    finetune: tuple[Tensor, Tensor]
-    pretrain_test: tuple[Tensor, Tensor]
-    finetune_test: tuple[Tensor, Tensor]
-    capability: tuple[Tensor, Tensor]
-    base_accuracy: float
+def pretrained(config: Config, preset: Preset, pair: ImagePair, seed: int) -> nn.Sequential:
+    """LeNet-5 after pre-training, on the device and in the dtype of the study."""
+    model = pretrained_lenet(
+        pair, seed=seed, images=preset.pretrain_images, epochs=preset.pretrain_epochs, activation=config.activation
+    )
+    return model.to(device=config.device, dtype=getattr(torch, preset.dtype))
 
 
 @lru_cache(maxsize=1)
@@ -237,33 +204,16 @@ def images(dataset: str, root: Path | None) -> ImagePair:
 
 
 @lru_cache(maxsize=1)
-@torch.no_grad()
-def prepare(config: Config, preset: Preset, seed: int) -> Task:
-    """Run the frozen layers below the edited one once, on everything."""
+def prepare(config: Config, preset: Preset, seed: int) -> Transfer:
+    """Everything that runs of one seed share."""
     pair = images(config.dataset, config.data)
-    body, head = split_at(pretrained(config, preset, pair, seed), config.layer)
-
-    def through(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        x = x.to(getattr(torch, preset.dtype))
-        parts = [body(part.to(config.device)) for part in x.split(2000)]
-        return torch.cat(parts), y.to(config.device)
-
-    capability = subset(pair.pretrain_train, min(preset.curvature_images, len(pair.pretrain_train)), seed + 1000)
-    finetune = pair.finetune_train
-    if preset.finetune_images < len(finetune):
-        finetune = subset(finetune, preset.finetune_images, seed)
-    pretrain_test = through(pair.pretrain_test.x, pair.pretrain_test.y)
-    return Task(
-        head,
-        through(finetune.x, finetune.y),
-        pretrain_test,
-        through(pair.finetune_test.x, pair.finetune_test.y),
-        through(capability.x, capability.y),
-        accuracy(head, *pretrain_test),
-    )
+    return Transfer.of(
+        pair, pretrained(config, preset, pair, seed), config.layer,
+        capability=preset.curvature_images, finetune=preset.finetune_images, seed=seed,
+    )  # fmt: skip
 
 
-def fit(config: Config, method: str, task: Task, head: nn.Module, seed: int) -> Any:
+def fit(config: Config, method: str, task: Transfer, head: nn.Module, seed: int) -> Any:
     """The curvature of the edited layer at the head's weights, on the capability set."""
     data = [task.capability]
     if method == "ggn":
@@ -325,26 +275,19 @@ def run_unit(config: Config, preset: Preset, unit: Unit, origin: Row) -> list[Ro
         refit=refit if config.drift > 0 else None, threshold=config.drift,
         desc=f"{unit.method} {unit.constraint}, seed {unit.seed}",
     )  # fmt: skip
-    base = logits(head, task.pretrain_test[0])
-    base_capability = logits(head, task.capability[0])
+    task.remember()
     rows = []
     for i, (value, constraint) in enumerate(zip(values, constraints, strict=True)):
         delta = {config.layer: result.weights[i] - W0}
         layer.write(result.weights[i])
-        after = logits(head, task.pretrain_test[0])
         null = constraint if isinstance(constraint, NullSpace) else None
         row = {
             "study": "mnist_tradeoff", "method": unit.method, "constraint": unit.constraint,
             "gamma": value if unit.constraint == "null-space" else math.nan,
             "epsilon": value if unit.constraint == "ellipsoid" else math.nan,
             "seed": unit.seed,
-            "pretrain_accuracy": accuracy(head, *task.pretrain_test),
-            "finetune_accuracy": accuracy(head, *task.finetune_test),
-            "base_accuracy": task.base_accuracy,
-            "pretrain_loss_increase": mean_loss(after, task.pretrain_test[1]) - mean_loss(base, task.pretrain_test[1]),
+            **task.measures(),
             "predicted_kl": math.nan if curvature is None else predicted_kl(curvature, delta),
-            "measured_kl": kl_divergence(base_capability, logits(head, task.capability[0])),
-            "measured_kl_test": kl_divergence(base, after),
             "finetune_loss": float(result.losses[-1, i]),
             "removed": null.removed if null else math.nan, "kept": null.kept if null else math.nan,
             "energy_removed": null.energy_removed if null else math.nan,
@@ -367,7 +310,7 @@ def run_unit(config: Config, preset: Preset, unit: Unit, origin: Row) -> list[Ro
     return [row | shared for row in rows]
 
 
-def verify_hessian(config: Config, task: Task, unit: Unit) -> str:
+def verify_hessian(config: Config, task: Transfer, unit: Unit) -> str:
     """With ReLU: the largest relative difference between products with the Hessian and with the GGN."""
     if not is_linear(config):
         return ""
@@ -389,15 +332,6 @@ def make_optimizer(config: Config, preset: Preset, parameters: list[nn.Parameter
     return torch.optim.SGD(parameters, lr=preset.lr, momentum=0.9 if config.optimizer == "momentum" else 0.0)
 
 
-@torch.no_grad()
-def logits(head: nn.Module, x: Tensor) -> Tensor:
-    return torch.cat([head(part) for part in x.split(5000)]).double()
-
-
-def mean_loss(outputs: Tensor, y: Tensor) -> float:
-    return float(nn.functional.cross_entropy(outputs, y))
-
-
 def predicted_kl(curvature: Any, delta: dict[str, Tensor]) -> float:
     """½ δᵀCδ with the curvature at θ0."""
     form = curvature if isinstance(curvature, (GaussNewton, Hessian)) else curvature.spectrum()
@@ -410,19 +344,9 @@ def hessian_rows(rows: list[Row]) -> list[Row]:
 
 
 def at_accuracy(rows: pd.DataFrame, target: float) -> float:
-    """Fine-tuning accuracy at a pre-training accuracy, interpolated between neighbouring values of γ or ε.
-
-    Where the curve crosses the target several times, the best crossing; where it stays above it, its best point.
-    """
+    """Fine-tuning accuracy at a pre-training accuracy, interpolated between neighbouring values of γ or ε."""
     rows = rows.sort_values(["gamma", "epsilon"], ascending=[True, False])
-    x, y = rows["pretrain_accuracy"].to_numpy(), rows["finetune_accuracy"].to_numpy()
-    found = [
-        y[i] + (target - x[i]) / (x[i + 1] - x[i]) * (y[i + 1] - y[i])
-        for i in range(len(x) - 1)
-        if (x[i] - target) * (x[i + 1] - target) <= 0 and x[i] != x[i + 1]
-    ]
-    above = [value for value, kept in zip(y, x, strict=True) if kept >= target]
-    return float(max(found + above, default=math.nan))
+    return best_at(rows["pretrain_accuracy"].to_numpy(), rows["finetune_accuracy"].to_numpy(), target)
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
@@ -507,12 +431,6 @@ def main(config: Config) -> None:
     minutes = (time.perf_counter() - started) / 60
     print(f"{len(table)} runs, {minutes:.1f} min, peak {human(table['peak_bytes'].max())} a process")
     print(f"results: {config.out / 'results.csv'}\nfigure:  {files[1]} and {files[0]}")
-
-
-def axis_start(table: pd.DataFrame) -> float:
-    """Left end of the figure in %: 95 as in the paper, or lower where little would be seen (small presets)."""
-    constrained = 100 * table[table["constraint"] != "none"]["pretrain_accuracy"]
-    return 95.0 if len(constrained) == 0 or constrained.median() > 97 else math.floor(constrained.min() / 10) * 10.0
 
 
 if __name__ == "__main__":

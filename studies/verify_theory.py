@@ -18,6 +18,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -28,6 +29,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 import tyro
+from joblib.externals.loky import ProcessPoolExecutor
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -648,13 +650,22 @@ def main(config: Config) -> None:
         except Exception:  # the others' ledger is wanted all the same
             return [raised(number, traceback.format_exc())]
 
-    with joblib.parallel_config(backend="loky" if jobs > 1 else "sequential", n_jobs=jobs):
+    # pictures in a process of their own, while further claims are checked; loky's does not import this script
+    rows: list[Row] = []
+    drawing: dict[int, Future[list[Path]]] = {}
+    suffix = ".png" if config.preset == "tiny" else ".pdf"
+    with (
+        ProcessPoolExecutor(max_workers=1) as artist,
+        joblib.parallel_config(backend="loky" if jobs > 1 else "sequential", n_jobs=jobs),
+    ):
         calls = joblib.Parallel(return_as="generator")(joblib.delayed(finish)(number) for number in numbers)
-        rows = [row for found in tqdm(calls, desc="claims", total=len(numbers), disable=None) for row in found]
-    rows = [row | {"origin": origin} for row in rows]
-    with replacing(config.out / "checks.json") as temporary:
-        temporary.write_text(json.dumps(rows, indent=1, ensure_ascii=False))
-    page = claims_page.write(rows, config.out, ".png" if config.preset == "tiny" else ".pdf")
+        for number, found in zip(numbers, tqdm(calls, desc="claims", total=len(numbers), disable=None), strict=True):
+            drawing[number] = artist.submit(claims_page.pictures, found, config.out, suffix)
+            rows += [row | {"origin": origin} for row in found]
+        with replacing(config.out / "checks.json") as temporary:
+            temporary.write_text(json.dumps(rows, indent=1, ensure_ascii=False))
+        drawn = {number: future.result() for number, future in drawing.items()}
+    page = claims_page.write(rows, config.out, drawn=drawn)
     print(summary(rows).to_string(index=False))
     failed = [row for row in rows if not row["passed"]]
     for row in failed:

@@ -18,6 +18,7 @@ from curvlab.data.text import (
     fill,
     read_documents,
     select,
+    shuffled_documents,
 )
 
 TOKENIZER = tiny_tokenizer()
@@ -178,3 +179,19 @@ def test_files_of_documents(tmp_path: Path) -> None:
         read_documents(tmp_path / "bytes.txt")
     with pytest.raises(FileNotFoundError, match=r"nothing\.txt"):
         read_documents(tmp_path / "nothing.txt")
+
+
+def test_documents_with_something_to_predict_in_an_order_of_their_seed(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    texts = [f"Document {i}." for i in range(8)]
+    path.write_text("\n\n".join([*texts[:4], "x", *texts[4:]]))
+    tokenizer = tiny_tokenizer(bos=False)
+    assert len(tokenizer("x")["input_ids"]) == 1
+    found = [shuffled_documents(path, tokenizer, seed) for seed in (0, 1)]
+    for documents in found:
+        assert sorted(documents) == texts  # each once, and not the one of a single token
+    assert found[0] != found[1] != texts
+    assert found[0] == shuffled_documents(path, tokenizer, 0)
+    path.write_text("x\n\ny")
+    with pytest.raises(ValueError, match="no document of at least two tokens"):
+        shuffled_documents(path, tokenizer, 0)

@@ -64,6 +64,19 @@ def read_documents(path: str | Path) -> list[str]:
     return documents
 
 
+def shuffled_documents(path: str | Path, tokenizer: Any, seed: int) -> list[str]:
+    """The documents of a text file that have a token to predict (two or more), in an order drawn from `seed`.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_documents`, or no such document in it.
+    """
+    documents = [text for text in read_documents(path) if len(tokenizer(text)["input_ids"]) > 1]
+    if not documents:
+        raise ValueError(f"{path} holds no document of at least two tokens")
+    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed))
+    return [documents[i] for i in order.tolist()]
+
+
 def encode_documents(
     tokenizer: Any, documents: Sequence[str], *, max_length: int = 512, batch_size: int = 8
 ) -> list[Batch]:

@@ -69,52 +69,89 @@ class Capability:
 
         `kfac`: factors at these weights, where EK-FAC need not compute them.
         """
-        batches, loss = self.batches(tokenizer), CrossEntropy()
-        if curvature == "covariance":
-            return Covariance.fit(model, loss, batches, layers)
-        given: dict[str, Any] = {"labels": self.labels, "seed": self.seed}
-        if curvature == "kfac":
-            return KFAC.fit(model, loss, batches, layers, **given)
-        if curvature == "ekfac":
-            return EKFAC.fit(model, loss, batches, layers, **given, kfac=kfac)
-        raise ValueError(f"curvature must be 'kfac', 'ekfac' or 'covariance', got {curvature!r}")
+        batches = self.batches(tokenizer)
+        return fit_statistics(model, batches, layers, curvature, labels=self.labels, seed=self.seed, kfac=kfac)
 
     def statistics(
         self, model: nn.Module, tokenizer: Any, layers: Sequence[str], curvature: CurvatureName = "kfac"
     ) -> Statistics:
         """What `fit` gives, kept for later edits that start from the same weights."""
-
-        def fitted() -> Statistics:
-            kfac = self.statistics(model, tokenizer, layers, "kfac") if curvature == "ekfac" else None
-            assert kfac is None or isinstance(kfac, KFAC)
-            return self.fit(model, tokenizer, layers, curvature, kfac=kfac)
-
-        return self.keep(model, layers, curvature, fitted)
+        self._belong_to(model)
+        return self._statistics(model, tokenizer, layers, curvature)
 
     def spectrum(
         self, model: nn.Module, tokenizer: Any, layers: Sequence[str], curvature: CurvatureName = "kfac"
     ) -> Spectrum:
         """Its eigenvalues and eigenvectors, kept likewise."""
-        statistics = self.statistics(model, tokenizer, layers, curvature)
-        return self.keep(model, layers, f"{curvature} spectrum", statistics.spectrum)
+
+        def decomposed() -> Spectrum:
+            return self._statistics(model, tokenizer, layers, curvature).spectrum()
+
+        return self.keep(model, layers, f"{curvature} spectrum", decomposed)
 
     def keep(self, model: nn.Module, layers: Sequence[str], what: str, make: Callable[[], T]) -> T:
         """`make()`, or what it gave before for these layers and weights of the whole model.
 
         What belongs to other weights is dropped: of a large model it takes gigabytes.
         """
+        self._belong_to(model)
+        return self._kept_or(model, layers, what, make)
+
+    def forget(self) -> None:
+        """Drop what was computed."""
+        self._kept.clear()
+
+    def _belong_to(self, model: nn.Module) -> None:
+        """Forget what is of other weights. Once a question: the fingerprint takes a pass over the whole model."""
         weights = fingerprint(model)
         if weights != self._weights:
             self.forget()
             self._weights = weights
+
+    def _kept_or(self, model: nn.Module, layers: Sequence[str], what: str, make: Callable[[], T]) -> T:
         key = f"{what} {self.labels} {self.seed} {[layer.name for layer in find_layers(model, layers)]}"
         if key not in self._kept:
             self._kept[key] = make()
         return self._kept[key]
 
-    def forget(self) -> None:
-        """Drop what was computed."""
-        self._kept.clear()
+    def _statistics(
+        self, model: nn.Module, tokenizer: Any, layers: Sequence[str], curvature: CurvatureName
+    ) -> Statistics:
+        def fitted() -> Statistics:
+            kfac = self._statistics(model, tokenizer, layers, "kfac") if curvature == "ekfac" else None
+            assert kfac is None or isinstance(kfac, KFAC)
+            return self.fit(model, tokenizer, layers, curvature, kfac=kfac)
+
+        return self._kept_or(model, layers, curvature, fitted)
+
+
+def fit_statistics(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    layers: Sequence[str],
+    curvature: CurvatureName,
+    *,
+    labels: Labels = "model",
+    seed: int = 0,
+    kfac: KFAC | None = None,
+) -> Statistics:
+    """K-FAC factors, EK-FAC or the activation covariance of the layers for the next-token loss on `batches`.
+
+    Args:
+        labels, seed: of the pseudo-gradients, and of labels that are drawn; a covariance needs neither.
+        kfac: factors at these weights, where EK-FAC need not compute them.
+
+    Raises:
+        ValueError: an unknown curvature.
+    """
+    loss = CrossEntropy()
+    if curvature == "covariance":
+        return Covariance.fit(model, loss, batches, layers)
+    if curvature == "kfac":
+        return KFAC.fit(model, loss, batches, layers, labels=labels, seed=seed)
+    if curvature == "ekfac":
+        return EKFAC.fit(model, loss, batches, layers, labels=labels, seed=seed, kfac=kfac)
+    raise ValueError(f"curvature must be 'kfac', 'ekfac' or 'covariance', got {curvature!r}")
 
 
 @torch.no_grad()

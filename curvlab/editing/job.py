@@ -307,8 +307,8 @@ def edit(
 OUTPUT_PROJECTIONS = ("mlp.down_proj", "mlp.c_proj", "mlp.dense_4h_to_h", "fc2")
 
 
-def default_layers(model: nn.Module) -> list[str]:
-    """The MLP output projections of the blocks at 59 to 73 % of the depth, as the paper's 19–23 of Llama-3's 32.
+def output_projections(model: nn.Module) -> list[str]:
+    """The names of the MLP output projections, from the lowest block up.
 
     Raises:
         ValueError: a model whose MLPs have none of `OUTPUT_PROJECTIONS`.
@@ -316,6 +316,16 @@ def default_layers(model: nn.Module) -> list[str]:
     names = [name for name, _ in model.named_modules() if name.endswith(tuple(f".{end}" for end in OUTPUT_PROJECTIONS))]
     if not names:
         raise ValueError(f"none of {', '.join(OUTPUT_PROJECTIONS)} was found; name the layers to edit: layers=[…]")
+    return names
+
+
+def default_layers(model: nn.Module) -> list[str]:
+    """The MLP output projections of the blocks at 59 to 73 % of the depth, as the paper's 19–23 of Llama-3's 32.
+
+    Raises:
+        ValueError: a model whose MLPs have none of `OUTPUT_PROJECTIONS`.
+    """
+    names = output_projections(model)
     depth = len(names)
     first, last = round(19 / 32 * depth), round(24 / 32 * depth)
     return names[min(first, depth - 1) : max(last, first + 1)]

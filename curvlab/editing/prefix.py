@@ -6,7 +6,7 @@ single time and replays what came out of them in every later forward pass, whate
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -114,9 +114,8 @@ class Prefix:
 
         handle = self.blocks[-1].register_forward_hook(stop)
         try:
-            model(**to_device(batch.inputs, device_of(model)), use_cache=False)
-        except Reached:
-            pass
+            with suppress(Reached):
+                model(**to_device(batch.inputs, device_of(model)), use_cache=False)
         finally:
             handle.remove()
         (output,) = found

@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -93,6 +93,35 @@ class Training:
         """The optimiser over `parameters`."""
         make = OPTIMIZERS[self.optimizer] if isinstance(self.optimizer, str) else self.optimizer
         return make(parameters, lr=self.lr)
+
+
+@dataclass(frozen=True)
+class Weighted(Training):
+    """Training with a second term in the loss, weighted by `strength`."""
+
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.strength < math.inf:
+            raise ValueError(f"strength must be positive and finite, got {self.strength}")
+
+
+@dataclass(frozen=True)
+class Sequential(Training):
+    """Training in rounds; `chunk` requests a round, each starting where the last one ended."""
+
+    chunk: int = 100
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.chunk < 1:
+            raise ValueError(f"chunk must be at least 1, got {self.chunk}")
+
+    def rounds(self, requests: Sequence[Request], seed: int) -> Iterator[tuple[list[Request], int]]:
+        """The requests of each round, in their order, and the seed of its draws."""
+        for start in range(0, len(requests), self.chunk):
+            yield list(requests[start : start + self.chunk]), seed + start
 
 
 @dataclass(frozen=True)

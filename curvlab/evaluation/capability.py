@@ -14,6 +14,7 @@ from curvlab.evaluation.editing import answers
 from curvlab.evaluation.generation import MAX_NEW_TOKENS, STOP
 from curvlab.evaluation.intervals import Interval, bootstrap
 from curvlab.evaluation.judging import Judge, Reply, exact_match
+from curvlab.evaluation.mode import evaluating
 from curvlab.progress import progress
 
 
@@ -73,8 +74,9 @@ def nll(
     Raises:
         ValueError: no documents, or one of fewer than two tokens.
     """
+    batches = encode_documents(tokenizer, documents, max_length=max_length, batch_size=batch_size)
     values, tokens = [], []
-    for batch, logits in _logits(model, _batches(tokenizer, documents, max_length, batch_size), "likelihood"):
+    for batch, logits in _logits(model, batches, "likelihood"):
         for row, target in zip(logits, batch.targets.to(logits.device), strict=True):
             asked = target != IGNORE
             exact = row[asked].to(torch.promote_types(row.dtype, torch.float32))  # half precision would lose digits
@@ -113,7 +115,7 @@ def kl_from(
     Raises:
         ValueError: no documents, one of fewer than two tokens, or models with different vocabularies.
     """
-    batches = _batches(tokenizer, documents, max_length, batch_size)
+    batches = encode_documents(tokenizer, documents, max_length=max_length, batch_size=batch_size)
     values, tokens = [], []
     for (batch, before), (_, after) in zip(
         _logits(original, batches, "KL divergence"), _logits(model, batches), strict=True
@@ -128,18 +130,10 @@ def kl_from(
     return TokenMeans(values, tokens)
 
 
-def _batches(tokenizer: Any, documents: Sequence[str], max_length: int, batch_size: int) -> list[Batch]:
-    return encode_documents(tokenizer, documents, max_length=max_length, batch_size=batch_size)
-
-
 def _logits(model: PreTrainedModel, batches: Sequence[Batch], desc: str = "") -> Iterator[tuple[Batch, Tensor]]:
     """Each batch with its logits (N, T, V), in evaluation mode; a bar where `desc` names one."""
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for batch in progress(batches, desc) if desc else batches:
             with torch.no_grad():
                 logits = run(model, to_device(batch.inputs, model.device))
             yield batch, logits
-    finally:
-        model.train(was_training)

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from curvlab.evaluation.mode import evaluating
+
 
 @torch.no_grad()
 def accuracy(model: nn.Module, x: Tensor, y: Tensor, batch_size: int = 1000) -> float:
@@ -16,13 +18,9 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor, batch_size: int = 1000) -> 
         raise ValueError(f"accuracy needs N > 0 inputs and labels of shape (N,), got {len(x)} and {tuple(y.shape)}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         batches = zip(x.split(batch_size), y.split(batch_size), strict=True)
         hits = sum(int((model(a).argmax(1) == b).sum()) for a, b in batches)
-    finally:
-        model.train(was_training)
     return hits / len(x)
 
 

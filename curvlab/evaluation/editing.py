@@ -72,6 +72,11 @@ def evaluate_edits(
     return found
 
 
+def prompts_of(requests: Sequence[Request]) -> list[str]:
+    """All prompts that `evaluate_edits` asks: of the requests, their paraphrases and their neighbours."""
+    return [question.prompt for question in _questions(requests)]
+
+
 def answers(
     model: PreTrainedModel,
     tokenizer: Any,

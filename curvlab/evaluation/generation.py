@@ -8,6 +8,7 @@ from torch import LongTensor, Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
+from curvlab.evaluation.mode import evaluating
 from curvlab.progress import progress
 
 STOP = (".", "\n")  # the paper's, with the end of text
@@ -46,9 +47,7 @@ def generate(
     new: list[list[int]] = [[] for _ in rows]
     ends = _ends(model, tokenizer)
     pending = list(range(len(rows)))
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for tokens in (min(_FIRST, max_new_tokens), max_new_tokens - _FIRST):
             if tokens < 1:
                 break
@@ -61,9 +60,15 @@ def generate(
                     new[i] += ids
                     if not ended:
                         pending.append(i)
-    finally:
-        model.train(was_training)
     return [_text(tokenizer, ids, ends, stop) for ids in new]
+
+
+def check_prompts(
+    model: PreTrainedModel, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int = MAX_NEW_TOKENS
+) -> None:
+    """Raise the ValueError that `generate` would, before anything is generated."""
+    for prompt in prompts:
+        _ids(model, tokenizer, prompt, max_new_tokens)
 
 
 def _ids(model: PreTrainedModel, tokenizer: Any, prompt: str, max_new_tokens: int) -> list[int]:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from curvlab.evaluation.intervals import Interval, bootstrap
 from curvlab.evaluation.local_benchmarks import write_tasks
+from curvlab.evaluation.mode import evaluating
 
 
 @dataclass(frozen=True)
@@ -102,9 +103,8 @@ def base_capabilities(
     from lm_eval.tasks import TaskManager
 
     chat = getattr(tokenizer, "chat_template", None) is not None if chat is None else chat
-    was_training = model.training
     scores = {}
-    with tempfile.TemporaryDirectory(prefix="curvlab-benchmarks-") as name, _undisturbed():
+    with tempfile.TemporaryDirectory(prefix="curvlab-benchmarks-") as name, _undisturbed(), evaluating(model):
         local = {} if data is None else write_tasks(data, Path(name), benchmarks)
         manager = TaskManager(include_path=name, include_defaults=False) if local else TaskManager()
         # the harness sets a padding token on the tokenizer it is given
@@ -128,7 +128,6 @@ def base_capabilities(
                 fewshot_random_seed=seed,
             )
             scores[benchmark] = _score(found, local.get(benchmark, what.task), what, seed)
-    model.train(was_training)
     return scores
 
 

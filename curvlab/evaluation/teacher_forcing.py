@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from curvlab.capture import run, to_device
 from curvlab.data.text import IGNORE, PLAIN, encode_pairs
+from curvlab.evaluation.mode import evaluating
 from curvlab.progress import progress
 
 
@@ -37,14 +38,10 @@ def token_match(
     order = sorted(range(len(pairs)), key=lambda i: sum(map(len, pairs[i])), reverse=True)
     batches = encode_pairs(tokenizer, [pairs[i] for i in order], template=template, end=False, batch_size=batch_size)
     found: list[float] = []
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for batch in progress(batches, "teacher forcing"):
             predicted = run(model, to_device(batch.inputs, model.device)).argmax(-1).cpu()
             asked = batch.targets != IGNORE
             hits = (predicted == batch.targets) & asked
             found += (hits.sum(1).double() / asked.sum(1)).tolist()
-    finally:
-        model.train(was_training)
     return [found[position] for position in sorted(range(len(order)), key=order.__getitem__)]

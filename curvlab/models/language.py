@@ -25,8 +25,16 @@ from curvlab.models.llama2c import load_stories260k
 from curvlab.records import fingerprint, provenance
 from curvlab.storage import cache_folder
 
-__all__ = ["embedded_folder", "embedded_model", "embedded_record", "load_language_model", "load_stories260k"]
+__all__ = [
+    "EMBEDDED",
+    "embedded_folder",
+    "embedded_model",
+    "embedded_record",
+    "load_language_model",
+    "load_stories260k",
+]
 
+EMBEDDED: dict[str, Family] = {"embedded": "llama", "embedded-gpt2": "gpt2"}  # names of the embedded models in studies
 FORMAT = 1  # raised when models of the same recipe would come out differently
 RECORD = "curvlab.json"
 _DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")

@@ -1,13 +1,13 @@
 """What a trained language model knows of its world."""
 
 import torch
-from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from curvlab.data.text import IGNORE, PLAIN, QA, encode_documents, encode_pairs
+from curvlab.data.text import IGNORE, PLAIN, QA, encode_pairs
 from curvlab.data.world import World
 from curvlab.data.world_real import RELATIONS as REAL
 from curvlab.data.world_tasks import Item
+from curvlab.evaluation.capability import perplexity
 
 
 def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, world: World) -> dict[str, float]:
@@ -26,7 +26,7 @@ def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, world: W
         measured[f"{name}_qa"] = exact_share(model, tokenizer, groups[name], template=QA)
     for task, items in world.tasks.items():
         measured[f"task_{task}"] = exact_share(model, tokenizer, items)
-    return measured | {"perplexity": perplexity(model, tokenizer, world.stories)}
+    return measured | {"perplexity": perplexity(model, tokenizer, world.stories, batch_size=16).mean}
 
 
 @torch.no_grad()
@@ -44,14 +44,3 @@ def exact_share(
         guesses = model(**batch.inputs).logits.argmax(-1)
         right += int(((guesses == batch.targets) | (batch.targets == IGNORE)).all(1).sum())
     return right / len(items)
-
-
-@torch.no_grad()
-def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, texts: tuple[str, ...]) -> float:
-    """exp of the mean negative log-likelihood of all tokens but each text's first."""
-    total, terms = torch.zeros((), dtype=torch.float64), 0
-    for batch in encode_documents(tokenizer, texts, batch_size=16):
-        logits = model(**batch.inputs).logits.flatten(0, 1).float()
-        total += F.cross_entropy(logits, batch.targets.flatten(), ignore_index=IGNORE, reduction="sum").double()
-        terms += int((batch.targets != IGNORE).sum())
-    return float((total / terms).exp())

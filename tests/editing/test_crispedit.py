@@ -25,6 +25,7 @@ from torch import Tensor
 
 from curvlab.data.text import encode_documents
 from curvlab.editing import Capability, edit
+from curvlab.editing import capability as capability_module
 from curvlab.editing.methods.crispedit import Constrained
 from curvlab.layers import find_layers
 
@@ -290,3 +291,18 @@ def test_a_capability_set_keeps_its_curvature_for_the_weights_it_is_of(monkeypat
     capability.forget()
     capability.spectrum(model, TOKENIZER, layers, "kfac")
     assert len(fits) == 5
+
+
+@pytest.mark.parametrize("curvature", ["kfac", "ekfac", "covariance"])
+def test_the_weights_are_looked_through_once_a_question(curvature: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked = []
+    fingerprint = capability_module.fingerprint
+    monkeypatch.setattr(capability_module, "fingerprint", lambda model: looked.append(1) or fingerprint(model))
+    model, layers = small()
+    capability = Capability(DOCUMENTS, labels="data")
+    for asked in range(1, 3):  # computed, then kept
+        spectrum = capability.spectrum(model, TOKENIZER, layers, curvature)
+        assert len(looked) == asked
+    assert capability.spectrum(model, TOKENIZER, layers, curvature) is spectrum
+    assert capability.statistics(model, TOKENIZER, layers, curvature) is not None
+    assert len(looked) == 4

@@ -1,15 +1,14 @@
 """The editing study end to end, by its tiny preset on the embedded world, and its bad input."""
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from commands import run_study
+from language import VOCABULARY, tiny_tokenizer
+from transformers import GPT2Config, GPT2LMHeadModel
 
-ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "studies" / "llm_editing.py"
 COLUMNS = [
     "editor", "gamma", "epsilon", "strength", "seed", "edit_success", "reliability", "reliability_low",
     "reliability_high", "generalisation", "specificity", "reliability_qa", "reliability_teacher_forced", "repetition",
@@ -19,15 +18,8 @@ COLUMNS = [
 VARYING = ["edit_seconds", "curvature_seconds", "peak_bytes"]
 
 
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    env = {k: v for k, v in os.environ.items() if k != "CURVLAB_DATA"}
-    return env | {"CURVLAB_CACHE": str(tmp_path_factory.mktemp("cache")), "OMP_NUM_THREADS": "1"}
-
-
 def run(environment: dict[str, str], out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPT), "--preset", "tiny", "--out", str(out), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=out.parent)
+    return run_study("llm_editing.py", environment, out, *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +42,9 @@ def test_rows_and_figure(finished: tuple[Path, str]) -> None:
     assert base["drift"].eq(0).all()
     assert base["kl"].abs().max() < 1e-6
     assert base["capability_kept"].eq(1).all()
+    assert (table["capability_kept_low"] <= table["capability_kept"]).all()
+    assert (table["capability_kept"] <= table["capability_kept_high"]).all()
+    assert table["capability_kept_low"].lt(1).all()  # of so few questions
     assert edited["drift"].gt(0).all()
     assert edited["kl"].gt(1e-6).all()
     assert (edited["edit_loss"] < 10).all()
@@ -89,6 +84,38 @@ def test_changed_files_are_noticed(environment: dict[str, str], tmp_path: Path) 
     assert len(list((tmp_path / "out" / "units").iterdir())) == 2  # not the rows of the old file
 
 
+def test_an_edit_that_diverges_is_a_row(environment: dict[str, str], finished: tuple[Path, str]) -> None:
+    out = finished[0].parent / "diverged"
+    done = run(environment, out, "--editors", "ft", "none", "--lr", "1e37")
+    assert done.returncode == 0, done.stderr
+    assert "recorded as diverged" in done.stderr
+    table = pd.read_csv(out / "results.csv").set_index("editor")
+    assert table["diverged"].to_dict() == {"none": 0, "ft": 1}
+    assert table.loc["ft", ["edit_success", "capability_kept", "perplexity", "kl"]].isna().all()
+    assert table.loc["none", ["edit_success", "capability_kept", "perplexity", "kl"]].notna().all()
+    assert table.loc["ft", "lr"] == 1e37
+    assert "1 of 1" in done.stdout
+    assert (out / "llm_editing.png").is_file()
+
+
+def test_a_context_that_cannot_hold_an_answer_is_refused(environment: dict[str, str], tmp_path: Path) -> None:
+    """And documents longer than the context are cut, where the prompts fit."""
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("\n\n".join(f"Document {n} of four. " * 40 for n in range(4)))
+    (tmp_path / "edits.jsonl").write_text('{"prompt": "The capital of France is", "target": "Rome"}')
+    arguments = ["--model", str(tmp_path / "model"), "--editors", "crispedit", "--n-edits", "1"]
+    arguments += ["--capability", str(tmp_path / "text.txt"), "--edits", str(tmp_path / "edits.jsonl")]
+    done = []
+    for positions in (64, 128):
+        config = GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=positions)
+        GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
+        done.append(run(environment, tmp_path / "out", *arguments))
+    assert [one.returncode for one in done] == [2, 0], done[1].stderr
+    assert "40 new ones exceed the model's 64" in done[0].stderr
+    assert "Traceback" not in done[0].stderr
+    assert len(list((tmp_path / "out" / "units").iterdir())) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -102,10 +129,12 @@ def test_changed_files_are_noticed(environment: dict[str, str], tmp_path: Path) 
         (["--gammas", "0.9", "0.9"], "distinct"),
         (["--editors", "crispedit", "--constraint", "ellipsoid"], "no edit to make"),
         (["--device", "gpu"], "--device"),
+        (["--labels", "exact"], "labels='exact' takes one backward pass a class"),
+        (["--out", str(Path(__file__) / "out")], "--out: cannot write into"),
     ],
 )
 def test_bad_input(environment: dict[str, str], tmp_path: Path, arguments: list[str], message: str) -> None:
     done = run(environment, tmp_path / "out", *arguments)
-    assert done.returncode != 0
+    assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr

@@ -1,8 +1,6 @@
 """The study of spectra end to end by its tiny preset, on a model given by path and the embedded one, and bad input."""
 
-import importlib.util
-import subprocess
-import sys
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,9 @@ import pandas as pd
 import pytest
 import torch
 import tyro
+from commands import run_study
 from language import tiny_gpt2, tiny_tokenizer
+from scripts import load_study
 
 from curvlab import capture
 from curvlab.curvature import EKFAC, KFAC, Covariance
@@ -21,8 +21,6 @@ from curvlab.models.language import load_language_model
 from curvlab.projector import overlap
 from figures.llm_spectra import draw
 
-ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "studies" / "llm_spectra.py"
 COLUMNS = {
     "record", "layer", "d_out", "d_in", "method", "other", "gamma", "index", "share", "kept", "removed", "overlap",
     "by_chance", "energy_removed", "documents", "terms", "positions", "labels", "seed", "model", "weights", "dataset",
@@ -42,14 +40,7 @@ def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def study() -> Any:
-    """The script as a module; importing it takes longer than running it."""
-    spec = importlib.util.spec_from_file_location("llm_spectra_study", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_study("llm_spectra")
 
 
 def run(study: Any, out: Path, *arguments: str) -> None:
@@ -76,8 +67,7 @@ def arguments_of(given: tuple[Path, Path]) -> list[str]:
 def finished(given: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A run from the command line."""
     out = tmp_path_factory.mktemp("study") / "gpt2"
-    command = [sys.executable, str(SCRIPT), "--preset", "tiny", "--out", str(out), *arguments_of(given)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=out.parent)
+    done = run_study("llm_spectra.py", dict(os.environ), out, *arguments_of(given))
     assert done.returncode == 0, done.stderr
     return out, done.stdout
 
@@ -178,9 +168,12 @@ def test_the_embedded_model(study: Any, tmp_path: Path) -> None:
         (["--model", "nowhere/model"], "give --capability FILE"),
         (["--capability", "nowhere.txt"], "no such file"),
         (["--device", "warp"], "--device warp"),
+        (["--labels", "exact"], "labels='exact' takes one backward pass a class"),
+        (["--out", str(Path(__file__) / "out")], "--out: cannot write into"),
     ],
 )
 def test_bad_input_is_refused_before_any_work(arguments: list[str], message: str, study: Any, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(SystemExit, match=message) as refused:
         run(study, tmp_path / "out", *arguments)
+    assert refused.value.code == 2
     assert not (tmp_path / "out").exists()

@@ -1,17 +1,15 @@
 """The trade-off study end to end, by its tiny preset on the embedded pair, and its bad input."""
 
-import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from commands import command, run_study
 
-ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "studies" / "mnist_tradeoff.py"
+SCRIPT = "mnist_tradeoff.py"
 COLUMNS = [
     "method", "constraint", "gamma", "epsilon", "seed", "pretrain_accuracy", "finetune_accuracy",
     "pretrain_loss_increase", "predicted_kl", "measured_kl", "removed", "kept", "drift", "refits", "project",
@@ -20,15 +18,8 @@ COLUMNS = [
 VARYING = ["seconds", "peak_bytes"]
 
 
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    env = {k: v for k, v in os.environ.items() if k != "CURVLAB_DATA"}
-    return env | {"CURVLAB_CACHE": str(tmp_path_factory.mktemp("cache")), "OMP_NUM_THREADS": "1"}
-
-
 def run(environment: dict[str, str], out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPT), "--preset", "tiny", "--dataset", "embedded", "--out", str(out), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=out.parent)
+    return run_study(SCRIPT, environment, out, "--dataset", "embedded", *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +78,8 @@ def test_a_repeated_run_gives_the_same_rows(finished: tuple[Path, str], environm
 
 def test_a_killed_run_continues(finished: tuple[Path, str], environment: dict[str, str]) -> None:
     out = finished[0].parent / "killed"
-    command = [sys.executable, str(SCRIPT), "--preset", "tiny", "--dataset", "embedded", "--out", str(out)]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    given = command(SCRIPT, out, "--dataset", "embedded")
+    process = subprocess.Popen(given, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.time() + 200
     while len(list(out.glob("units/*/[0-9]*.json"))) < 2 and process.poll() is None and time.time() < deadline:
         time.sleep(0.05)

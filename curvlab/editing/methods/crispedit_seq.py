@@ -3,19 +3,17 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from curvlab.capture import Batch
-from curvlab.curvature import KFAC, Covariance
+from curvlab.editing.capability import fit_statistics
 from curvlab.editing.job import Job, editor
 from curvlab.editing.methods.crispedit import Constrained, constrained_training
-from curvlab.losses import CrossEntropy
+from curvlab.editing.training import Sequential
 
 
 @dataclass(frozen=True)
-class ConstrainedSequential(Constrained):
+class ConstrainedSequential(Constrained, Sequential):
     """Constrained training in rounds.
 
     Attributes:
-        chunk: requests a round.
         weights: how statistics are merged: "tokens" (the authors': every token counts alike, so that a few
             capability documents drown under many edits) or "share" (`share` for the capability set, the rest for
             all rounds together, by tokens).
@@ -26,7 +24,6 @@ class ConstrainedSequential(Constrained):
         epsilon: of an ellipsoid, a round: its centre is where the round began.
     """
 
-    chunk: int = 100
     weights: Literal["tokens", "share"] = "tokens"
     share: float = 0.5
     mask_factors: bool = False
@@ -39,8 +36,6 @@ class ConstrainedSequential(Constrained):
             raise ValueError(
                 "Algorithm 2 keeps a round's projector: drift must be None; smaller chunks refit more often"
             )
-        if self.chunk < 1:
-            raise ValueError(f"chunk must be at least 1, got {self.chunk}")
         if self.weights not in ("tokens", "share"):
             raise ValueError(f"weights must be 'tokens' or 'share', got {self.weights!r}")
         if not 0 < self.share < 1:
@@ -57,27 +52,20 @@ def crispedit_seq(job: Job, options: ConstrainedSequential) -> None:
     """Algorithm 2: chunk by chunk, the factors of each round's edits merged into those of the capability set."""
     capability = job.needs_capability()
     base = job.timed(capability.statistics, job.model, job.tokenizer, job.layers, options.curvature)
-    rounds: Any = None
-    for start in range(0, len(job.requests), options.chunk):
-        chunk = job.requests[start : start + options.chunk]
-        kind: Any = type(base)
-        if rounds is None:
+    kind: Any = type(base)
+    edited: Any = None  # statistics of all earlier rounds; their requests are not needed again
+    rounds = list(options.rounds(job.requests, job.seed))
+    for number, (requests, seed) in enumerate(rounds, start=1):
+        if edited is None:
             merged = base
         elif options.weights == "tokens":
-            merged = kind.merge(base, rounds)
+            merged = kind.merge(base, edited)
         else:
-            merged = kind.merge(base, rounds, weights=[options.share, 1 - options.share])
-        constraint = options.of(merged.spectrum())
-        constrained_training(job, options, constraint, requests=chunk, seed=job.seed + start)
-        if start + options.chunk >= len(job.requests):
+            merged = kind.merge(base, edited, weights=[options.share, 1 - options.share])
+        constrained_training(job, options, options.of(merged.spectrum()), requests=requests, seed=seed)
+        if number == len(rounds):
             break  # no round follows that would need the last one's factors
-        batches = options.encode(job.tokenizer, chunk, mask_prompt=options.mask_factors, batch_size=options.batch_size)
-        new = _statistics(job, options, batches, job.seed + start)  # a round's requests are not needed again
-        rounds = new if rounds is None else kind.merge(rounds, new)
-
-
-def _statistics(job: Job, options: ConstrainedSequential, batches: list[Batch], seed: int) -> KFAC | Covariance:
-    loss = CrossEntropy()
-    if options.curvature == "covariance":
-        return Covariance.fit(job.model, loss, batches, job.layers)
-    return KFAC.fit(job.model, loss, batches, job.layers, labels=job.needs_capability().labels, seed=seed)
+        how = {"mask_prompt": options.mask_factors, "batch_size": options.batch_size}
+        batches = options.encode(job.tokenizer, requests, **how)
+        new = fit_statistics(job.model, batches, job.layers, options.curvature, labels=capability.labels, seed=seed)
+        edited = new if edited is None else kind.merge(edited, new)

@@ -1,6 +1,5 @@
 """EWC (Kirkpatrick et al. 2017): the edit loss plus λ/2 Σ F_i δ_i², F the diagonal of the capability set's Fisher."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -9,14 +8,14 @@ from torch import Tensor
 from curvlab.curvature import EKFAC
 from curvlab.editing.job import Job, editor
 from curvlab.editing.methods.kfac_penalty import penalty
-from curvlab.editing.training import Training
+from curvlab.editing.training import Weighted
 from curvlab.layers import Matrices, find_layers
 from curvlab.losses import CrossEntropy
 from curvlab.spectrum import KroneckerBasis
 
 
 @dataclass(frozen=True)
-class EWC(Training):
+class EWC(Weighted):
     """Training with a diagonal penalty.
 
     Attributes:
@@ -24,11 +23,6 @@ class EWC(Training):
     """
 
     strength: float = 100.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.strength < math.inf:
-            raise ValueError(f"strength must be positive and finite, got {self.strength}")
 
 
 @dataclass(frozen=True)

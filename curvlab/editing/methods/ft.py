@@ -1,9 +1,7 @@
 """Fine-tuning of the edited layers without a constraint: all requests together, chunk by chunk, or in one layer."""
 
-from dataclasses import dataclass
-
 from curvlab.editing.job import Job, editor
-from curvlab.editing.training import Training
+from curvlab.editing.training import Sequential, Training
 
 
 @editor("ft", Training)
@@ -12,24 +10,11 @@ def ft(job: Job, options: Training) -> None:
     job.train(options.optimise(job.parameters()), options)
 
 
-@dataclass(frozen=True)
-class Sequential(Training):
-    """Training in rounds; `chunk` requests a round, each starting where the last one ended."""
-
-    chunk: int = 100
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.chunk < 1:
-            raise ValueError(f"chunk must be at least 1, got {self.chunk}")
-
-
 @editor("ft-seq", Sequential)
 def ft_seq(job: Job, options: Sequential) -> None:
     """Fine-tuning chunk by chunk, with a new optimiser each."""
-    for start in range(0, len(job.requests), options.chunk):
-        chunk = job.requests[start : start + options.chunk]
-        job.train(options.optimise(job.parameters()), options, requests=chunk, seed=job.seed + start)
+    for requests, seed in options.rounds(job.requests, job.seed):
+        job.train(options.optimise(job.parameters()), options, requests=requests, seed=seed)
 
 
 @editor("locbf-ft", Training)

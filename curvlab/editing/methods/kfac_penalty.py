@@ -1,6 +1,5 @@
 """The soft constraint: the edit loss plus λ/2 δᵀCδ with C the capability set's K-FAC (or EK-FAC) curvature."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -8,12 +7,12 @@ from typing import Literal, Protocol
 from torch import Tensor
 
 from curvlab.editing.job import Job, editor
-from curvlab.editing.training import Training
+from curvlab.editing.training import Weighted
 from curvlab.layers import Matrices
 
 
 @dataclass(frozen=True)
-class Penalised(Training):
+class Penalised(Weighted):
     """Training with a penalty.
 
     Attributes:
@@ -26,8 +25,6 @@ class Penalised(Training):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.strength < math.inf:
-            raise ValueError(f"strength must be positive and finite, got {self.strength}")
         if self.curvature not in ("kfac", "ekfac"):
             raise ValueError(f"curvature must be 'kfac' or 'ekfac', got {self.curvature!r}")
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from curvlab.editing.job import Job, editor
-from curvlab.editing.training import Training
+from curvlab.editing.training import Sequential, Training
 from curvlab.layers import TransposedLayer, find_layers
 
 
@@ -41,15 +41,8 @@ class LoRA(Training):
 
 
 @dataclass(frozen=True)
-class SequentialLoRA(LoRA):
-    """Low-rank training in rounds; `chunk` requests a round, each merged before the next."""
-
-    chunk: int = 100
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.chunk < 1:
-            raise ValueError(f"chunk must be at least 1, got {self.chunk}")
+class SequentialLoRA(LoRA, Sequential):
+    """Low-rank training in rounds, each merged before the next."""
 
 
 @editor("lora", LoRA)
@@ -61,8 +54,8 @@ def lora(job: Job, options: LoRA) -> None:
 @editor("lora-seq", SequentialLoRA)
 def lora_seq(job: Job, options: SequentialLoRA) -> None:
     """Low-rank updates chunk by chunk, each merged into the weights before the next."""
-    for start in range(0, len(job.requests), options.chunk):
-        _round(job, options, requests=job.requests[start : start + options.chunk], seed=job.seed + start)
+    for requests, seed in options.rounds(job.requests, job.seed):
+        _round(job, options, requests=requests, seed=seed)
 
 
 def _round(job: Job, options: LoRA, **how: Any) -> None:

@@ -1,6 +1,5 @@
 """Replay: the capability set's own loss, mixed into the edit loss."""
 
-import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -11,12 +10,12 @@ from torch import Tensor
 from curvlab.capture import Batch
 from curvlab.editing.job import Job, editor
 from curvlab.editing.prefix import Prefix
-from curvlab.editing.training import Training, target_loss
+from curvlab.editing.training import Weighted, target_loss
 from curvlab.memory import announce
 
 
 @dataclass(frozen=True)
-class Replay(Training):
+class Replay(Weighted):
     """Training with replay.
 
     Attributes:
@@ -25,11 +24,6 @@ class Replay(Training):
     """
 
     strength: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.strength < math.inf:
-            raise ValueError(f"strength must be positive and finite, got {self.strength}")
 
 
 @editor("replay", Replay)
