@@ -20,7 +20,6 @@ from typing import Any, Literal
 import pandas as pd
 import torch
 import tyro
-from torch import Tensor
 from tqdm import tqdm
 
 from curvlab.batches import output_width
@@ -38,7 +37,7 @@ from curvlab.models.language import EMBEDDED, embedded_model, load_language_mode
 from curvlab.projector import overlap
 from curvlab.records import Row, cached_rows, fingerprint, provenance, write_table
 from curvlab.refusal import refuse
-from curvlab.spectrum import Spectrum
+from curvlab.spectrum import Spectrum, log_spaced
 from curvlab.storage import require_writable
 from figures.llm_spectra import draw
 
@@ -207,7 +206,7 @@ def layer_rows(preset: Preset, spectra: dict[str, Spectrum]) -> list[Row]:
         (block,) = spectrum.blocks
         energies = block.magnitudes.flatten().sort(descending=True).values
         top = float(energies[: max(1, len(energies) // 100)].sum()) / block.total
-        for index in _indices(len(energies)):
+        for index in log_spaced(len(energies), POINTS):
             share = float(energies[index - 1]) / block.total
             rows.append({"record": "spectrum", "method": method, "index": index, "share": share, "top_percent": top,
                          "trace": block.total})  # fmt: skip
@@ -221,12 +220,6 @@ def layer_rows(preset: Preset, spectra: dict[str, Spectrum]) -> list[Row]:
             rows.append({"record": "overlap", "method": one, "other": other, "gamma": gamma, "overlap": share,
                          "by_chance": nulls[other].kept / nulls[other].dimensions})  # fmt: skip
     return rows
-
-
-def _indices(count: int) -> list[int]:
-    """Up to `POINTS` of 1 … count, evenly spaced in the logarithm, the ends among them."""
-    spaced: Tensor = torch.logspace(0, torch.tensor(float(count)).log10().item(), POINTS, dtype=torch.float64)
-    return sorted({min(count, max(1, round(float(x)))) for x in spaced})
 
 
 def summary(table: pd.DataFrame, gamma: float) -> pd.DataFrame:

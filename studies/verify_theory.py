@@ -37,8 +37,10 @@ from curvlab import theory
 from curvlab.curvature import KFAC
 from curvlab.data import ImagePair, load_pair, subset
 from curvlab.data.vision import ImageSet
+from curvlab.data.world import make_world
 from curvlab.losses import CrossEntropy
 from curvlab.models import MLP, pretrain
+from curvlab.models.characters import character_model, pieces
 from curvlab.records import Row, cached_rows, fingerprint, provenance
 from curvlab.storage import replacing
 from curvlab.theory import Case, Check, Setting, random_setting
@@ -526,6 +528,8 @@ def claim_17(lab: Lab) -> Iterator[Check]:
             yield theory.sample_is_as_good.on(name, *arguments, sample, "fc2")
         name = f"fc2 of {setting.name}; curvature from classes 0 to 4, for 5 to 9"
         yield theory.no_estimate_beats_the_whole_set.on(name, setting.model, setting.loss, high, low, "fc2")
+    if not tiny:
+        yield from other_text()
     for seed in lab.preset.seeds:
         for setting in (
             random_setting("mlp", "tanh", "cross-entropy", examples=8, width=4, seed=seed),
@@ -545,6 +549,19 @@ def claim_17(lab: Lab) -> Iterator[Check]:
         for layer in setting.layers[::2]:
             name = f"{layer} of {setting.name}, of different lengths"
             yield theory.padding_counts_nothing.on(name, setting.model, setting.data, layer)
+
+
+def other_text(n: int = 200) -> Iterator[Check]:
+    """Of a character model trained on statements and stories: statements as capability set, fewer of them, stories."""
+    world = make_world("smoke")
+    statements = [f"{item.prompt} {item.answer}." for item in world.statements]
+    (x, y), stories = pieces(statements, n, length=16), pieces(world.texts, n, length=16)
+    model = character_model(torch.cat([x, stories[0]]), torch.cat([y, stories[1]]), width=10, steps=300)
+    for label, sample in (("half of them", (x[: n // 2], y[: n // 2])), ("other text (stories)", stories)):
+        name = f"fc2 of RunningMean {model.sizes}, trained on letters of statements and stories; curvature from {label}"
+        arguments = (name, model, CrossEntropy(), [(x, y)], [sample], "fc2")
+        yield theory.no_estimate_beats_the_whole_set.on(*arguments)
+        yield theory.sample_is_as_good.on(*arguments)
 
 
 def claim_18(lab: Lab) -> Iterator[Check]:
