@@ -1,0 +1,116 @@
+"""What a tensor shows by itself: symmetric, idempotent, orthonormal, zeros and ones, diagonalised by another.
+
+Every measure costs a few products with a handful of columns, so that layers of 14336 inputs are told apart in seconds.
+"""
+
+import torch
+from torch import Tensor
+
+PROBES = 64  # columns looked at; all of them where there are few
+COARSE = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
+BITS = {torch.bfloat16: 8, torch.float16: 11}  # of a mantissa
+
+
+def usable(tensor: Tensor | None) -> bool:
+    """Whether there are numbers to judge: not empty, all finite."""
+    return tensor is not None and tensor.numel() > 0 and bool(torch.isfinite(tensor).all())
+
+
+def square(tensor: Tensor) -> bool:
+    return tensor.dim() == 2 and tensor.shape[0] == tensor.shape[1]
+
+
+def coarse_dtype(tensor: Tensor) -> torch.dtype | None:
+    """bfloat16 or float16 where all values are such numbers and there are enough different ones to tell."""
+    if tensor.dtype in COARSE:
+        return tensor.dtype
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return None
+    some = tensor.flatten()[:: max(1, tensor.numel() // 100_000)]
+    for dtype in (torch.bfloat16, torch.float16):
+        if bool((some.to(dtype).to(some.dtype) == some).all()) and not _short_by_nature(some[some != 0], BITS[dtype]):
+            return dtype if bool((tensor.to(dtype).to(tensor.dtype) == tensor).all()) else None
+    return None
+
+
+def _short_by_nature(values: Tensor, bits: int) -> bool:
+    """Few different mantissas, or numbers on one grid (counts, fractions of them), as floating rounding leaves none."""
+    mantissa, exponent = torch.frexp(values.double())
+    whole = (mantissa.abs() * 2**bits).long()
+    if len(whole.unique()) < 3 or not bool((whole % 2 == 1).any()):
+        return True
+    grid = torch.ldexp((whole & -whole).double(), exponent).min()  # in units of 2^-bits
+    return float(values.double().abs().max() / grid) <= 1.0
+
+
+def precision(tensor: Tensor) -> float:
+    """Unit of rounding of the values: of the dtype, or of a coarser one that they are all numbers of."""
+    coarse = coarse_dtype(tensor)
+    if coarse is not None:
+        return COARSE[coarse]
+    if tensor.dtype == torch.float64 and bool((tensor.float().double() == tensor).all()):
+        return torch.finfo(torch.float32).eps
+    return torch.finfo(tensor.dtype).eps if tensor.is_floating_point() else torch.finfo(torch.float32).eps
+
+
+def probes(count: int) -> Tensor:
+    """Indices of at most PROBES columns of `count`, evenly spread."""
+    return torch.arange(count) if count <= 4 * PROBES else torch.linspace(0, count - 1, PROBES).long()
+
+
+def asymmetry(C: Tensor) -> float:
+    """max |C − Cᵀ| / max |C|."""
+    top = float(C.abs().max())
+    return float((C - C.mT).abs().max()) / top if top > 0 else 0.0
+
+
+def orthonormal_defect(U: Tensor) -> float:
+    """max |UᵀU − I| over all columns, against all where there are few and against a sample else."""
+    U = U.float() if U.dtype in COARSE else U
+    columns = probes(U.shape[1])
+    gram = U.mT @ U[:, columns]
+    gram[columns, torch.arange(len(columns))] -= 1
+    return max(float(gram.abs().max()), float((U.square().sum(0) - 1).abs().max()))
+
+
+def idempotent_defect(P: Tensor) -> float:
+    """max |P² − P| over a sample of columns."""
+    P = P.float() if P.dtype in COARSE else P
+    some = P[:, probes(P.shape[1])]
+    return float((P @ some - some).abs().max())
+
+
+def zeros_and_ones(tensor: Tensor) -> bool:
+    return tensor.dtype == torch.bool or bool(((tensor == 0) | (tensor == 1)).all())
+
+
+def semidefinite_looking(C: Tensor) -> bool:
+    """|c_ij| ≤ √(c_ii c_jj) up to round-off: necessary, and cheap."""
+    diagonal = C.diagonal().double()
+    if float(diagonal.min()) < -1e-3 * float(diagonal.abs().max()):
+        return False
+    root = diagonal.clamp_min(0).sqrt().to(C.dtype)
+    return bool((C.abs() <= root[:, None] * root + 1e-2 * diagonal.abs().max()).all())
+
+
+def off_diagonal(U: Tensor, C: Tensor) -> float | None:
+    """How far U is from diagonalising C: ‖CU − UΛ‖ over the norm of C without its mean; about 1 for any other basis.
+
+    None where C has nothing to tell (a multiple of the identity), or shapes do not fit.
+    """
+    if C.dim() != 2 or U.dim() != 2 or C.shape[0] != C.shape[1] or C.shape[0] != U.shape[0] or not U.shape[1]:
+        return None
+    dtype = torch.float64 if len(C) <= 2048 else torch.float32
+    C, columns = C.to(dtype), probes(U.shape[1])
+    size = float(C.abs().max())
+    if size == 0:
+        return None
+    mean = C.diagonal().mean() / size
+    spread = float((C / size - torch.diag(mean.expand(len(C)))).norm())
+    if spread <= 1e-4 * float((C / size).norm()):
+        return None
+    some = U[:, columns].to(dtype)
+    some = some / some.norm(dim=0).clamp_min(1e-30)
+    image = C @ some / size
+    rest = image - some * (some * image).sum(0)
+    return float(rest.norm()) / spread * (U.shape[1] / len(columns)) ** 0.5
