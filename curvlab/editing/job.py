@@ -260,7 +260,8 @@ def edit(
     check_requests(requests, tokenizer, max_length=longest(model))
     if isinstance(settings, Training):
         settings.check(tokenizer, requests, longest(model))
-    targets = [layer.name for layer in find_layers(model, layers if layers is not None else default_layers(model))]
+    choose = getattr(settings, "default_layers", default_layers)
+    targets = [layer.name for layer in find_layers(model, layers if layers is not None else choose(model))]
     if capability is not None and not isinstance(capability, Capability):
         capability = Capability(capability, seed=seed)
     job = Job(model, tokenizer, list(requests), targets, capability, seed, editor)

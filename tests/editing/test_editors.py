@@ -17,9 +17,14 @@ from curvlab.editing import Capability, Training, default_layers, edit, editor, 
 from curvlab.editing import job as job_module
 from curvlab.editing.job import Job
 from curvlab.editing.training import target_loss
+from curvlab.editing.wording import Wording
 
-TRAINED = [name for name in editors() if name != "none"]
+# editors that do not train on the requests (UltraEdit, MEND) have their contract in test_gradient_editors.py
+TRAINED = [name for name, found in editors().items() if issubclass(found.options, Training)]
 MAKE, BOTH = FAMILIES["llama"]
+LOCATING: dict[str, dict[str, Any]] = {
+    "rome": {}, "memit": {"weight": 1.0}, "alphaedit": {"gamma": 0.5, "l2": 0.1}
+}  # fmt: skip
 
 
 def settings(name: str) -> dict[str, Any]:
@@ -33,6 +38,9 @@ def settings(name: str) -> dict[str, Any]:
         found["ratio"] = 1e4
     if name in ("kfac-penalty", "ewc"):
         found["strength"] = 1e-2
+    if name in LOCATING:  # the requests name no subjects
+        found |= {"subject": "last-token", "prefixes": 2, "prefix_length": 4, "epochs": 10, "lr": 0.3, "clamp": 4.0}
+        found |= LOCATING[name]
     return found
 
 
@@ -298,7 +306,7 @@ def test_options_are_documented() -> None:
         text = " ".join(parent.__doc__ or "" for parent in found.options.__mro__)
         missing = [f.name for f in dataclasses.fields(found.options) if f.name not in text]
         assert not missing, (name, missing)
-        assert issubclass(found.options, Training) or name == "none"
+        assert issubclass(found.options, (Training, Wording)) or name == "none"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
