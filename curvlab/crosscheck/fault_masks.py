@@ -67,7 +67,11 @@ def _unsorted(run: Run) -> None:
 )
 def _wrong_gamma(run: Run) -> None:
     other = 0.65 if run.gamma > 0.8 else 0.93  # not near 1 − γ, which would look like the wrong end
-    run.kept = run.products < threshold(run.products, other) * (1 - (1e-5 if run.tied else 0.0))
+    correct, slack = run.kept, 1e-5 if run.tied else 0.0
+    run.kept = run.products < threshold(run.products, other) * (1 - slack)
+    loose = run.products <= threshold(run.products, run.gamma) * (1 + slack)
+    if torch.equal(run.kept, loose) and not torch.equal(run.kept, correct):
+        raise NoDifference("this γ removes one eigenspace less: the same mask as that of another fault")
 
 
 @fault("float32-energy", "The rank is found by adding the sorted products one by one in float32.",
@@ -94,7 +98,13 @@ def _all_kept(run: Run) -> None:
     run.kept = torch.ones_like(run.kept)
 
 
-@fault("mask-all-removed", "M removes every direction, so that no edit can happen.", ERROR, "cache", CACHED)
+@fault(
+    "mask-all-removed",
+    "M removes every direction, so that no edit can happen (which a γ near 1 asks for).",
+    NAMED,
+    "cache",
+    CACHED,
+)
 def _all_removed(run: Run) -> None:
     run.kept = torch.zeros_like(run.kept)
 
