@@ -62,8 +62,8 @@ def _mask(ax: plt.Axes, mask: dict[str, Any] | None) -> None:
         extent=(0.5, d_in + 0.5, d_out + 0.5, 0.5),
     )  # fmt: skip
     if mask["rule"]:
-        columns, rows = np.array(mask["rule"]).T
-        ax.step(columns, rows, where="post", color="#d55e00", linewidth=1.4, label=f"rule at γ = {mask['gamma']:.4g}")
+        edges, rows = np.array(mask["rule"]).T
+        ax.step(edges, rows, where="post", color="#d55e00", linewidth=1.4, label=f"rule at γ = {mask['gamma']:.4g}")
         ax.legend(fontsize=7, loc="lower right")
     ax.set(xlabel="input eigenvalue, descending", ylabel="output eigenvalue, descending")
     ax.set_title("mask (dark: removed)", fontsize=8.5)

@@ -14,6 +14,7 @@ Writes DIR/crosscheck.json (a list of findings), crosscheck.md, crosscheck.pdf a
 import json
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -79,11 +80,12 @@ def main(config: Config) -> int:
     except (ValueError, OSError, MemoryError, FloatingPointError, ImportError) as error:
         print(f"crosscheck: {error}", file=sys.stderr)
         return 2
-    for line in report.unreadable:
-        print(f"UNREADABLE {line}")
-    print(as_text(f for f in report.findings if not (config.quiet and f.severity == "ok")))
-    print(f"\n{report.verdict()}; {time.perf_counter() - started:.0f} s, peak {human(peak(config.device))}")
-    print("report: {0}, {1}\nfigure: {3} and {2}".format(*files))
+    shown = [f for f in report.findings if not (config.quiet and f.severity == "ok")]
+    lines = [f"UNREADABLE {line}" for line in report.unreadable] + [as_text(shown), ""]
+    lines.append(f"{report.verdict()}; {time.perf_counter() - started:.0f} s, peak {human(peak(config.device))}")
+    lines.append("report: {0}, {1}\nfigure: {3} and {2}".format(*files))
+    with suppress(BrokenPipeError):  # `| head`: the report is written already
+        print("\n".join(lines), flush=True)
     return report.status
 
 
@@ -141,7 +143,7 @@ def _write(config: Config, report: Report, model: Any, batches: list[Batch] | No
         "gamma": config.gamma, "verdict": report.verdict(), "unreadable": list(report.unreadable),
     }  # fmt: skip
     texts = [
-        json.dumps([finding.as_json() for finding in report.findings], indent=1, ensure_ascii=False),
+        json.dumps([f.as_json() for f in report.findings], indent=1, ensure_ascii=False, allow_nan=False),
         f"{as_markdown(report.findings, title, report.unreadable)}\n{report.verdict()}\n",
         json.dumps(drawn),
         json.dumps(origin, indent=1),

@@ -99,10 +99,12 @@ def _mask(
     share = ordered.cumsum(0) / ordered.sum()
     count = kept.numel() - int(kept.sum()) if gamma is None else 1 + int((share < gamma).sum())
     count = min(count, kept.numel())
-    rule: list[list[int]] = []
+    rule: list[list[float]] = []
     if count:
-        steps = (products >= ordered[count - 1]).sum(0)  # rows removed in each column
-        rule = [[column + 1, int(steps[column])] for column in range(len(steps)) if _changes(steps, column)]
+        steps = (products >= ordered[count - 1]).sum(0).tolist()  # rows removed in each column
+        changed = [c for c in range(len(steps)) if c == 0 or steps[c] != steps[c - 1]]
+        rule = [[c + 0.5, steps[c] + 0.5] for c in changed]  # cell i spans i ± 0.5
+        rule.append([len(steps) + 0.5, steps[-1] + 0.5])
     cells = torch.nn.functional.adaptive_avg_pool2d(
         kept.float()[None, None], (min(CELLS, kept.shape[0]), min(CELLS, kept.shape[1]))
     )[0, 0]
@@ -112,7 +114,3 @@ def _mask(
         "rule": rule,
         "gamma": gamma or (float(share[count - 1]) if count else 0.0),
     }
-
-
-def _changes(steps: Tensor, column: int) -> bool:
-    return column in (0, len(steps) - 1) or bool(steps[column] != steps[column - 1])

@@ -1,5 +1,6 @@
 """What a check found: a measured number, the bound it was held to, the likely cause and the remedy."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -38,7 +39,10 @@ class Finding:
             raise ValueError(f"severity must be one of {SEVERITIES}, got {self.severity!r}")
 
     def as_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """As JSON can hold it, which knows neither NaN nor infinity."""
+        own = asdict(self)
+        numbers = {name: own[name] for name in ("measured", "bound") if isinstance(own[name], float)}
+        return own | {name: str(value) for name, value in numbers.items() if not math.isfinite(value)}
 
 
 def by_severity(findings: Iterable[Finding]) -> list[Finding]:

@@ -1,6 +1,6 @@
 """`crosscheck`: read what a production run left behind, understand it, check it, and say what was found."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,18 @@ from curvlab.capture import Data
 from curvlab.crosscheck import bases, conventions, factors, masks, precision, projectors, updates
 from curvlab.crosscheck.conventions import Subject
 from curvlab.crosscheck.findings import SEVERITIES, Finding, Severity, by_severity
+from curvlab.crosscheck.gathering import gather
 from curvlab.crosscheck.identify import identify
+from curvlab.crosscheck.moments import LayerMoments
 from curvlab.crosscheck.parts import Item, Part, Role, Stored
 from curvlab.crosscheck.readers import survey
+from curvlab.crosscheck.unaccompanied import accompanied, alone
 from curvlab.layers import MatrixLayer, find_layers, supported_layers
 from curvlab.losses import CrossEntropy, as_loss
+from curvlab.memory import available, bytes_of
 from curvlab.progress import progress
+
+SUMS = 32  # matrices that every convention of a side takes, about
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,8 @@ class Report:
         """One line."""
         counts = ", ".join(f"{self.count(severity)} {severity}" for severity in SEVERITIES)
         unread = f", {len(self.unreadable)} unreadable" if self.unreadable else ""
-        return f"{len(self.parts)} layers: {counts}{unread}"
+        layers = sum(bool(part.items) for part in self.parts)
+        return f"{layers} layer{'s' * (layers != 1)}: {counts}{unread}"
 
 
 def crosscheck(
@@ -100,9 +107,10 @@ def crosscheck(
     subject = None
     if model is not None and data is not None:
         subject = Subject(model, CrossEntropy() if loss is None else as_loss(loss), list(data))
+    moments = {} if subject is None else _moments(parts, subject, layers, seed)
     findings: list[Finding] = []
     for part in progress(parts, "cross-check"):
-        findings += _check(part, gamma, subject, list(layers), seed)
+        findings += _check(part, gamma, subject, list(layers), seed, moments)
     findings += updates.others(parts)
     if not parts and not unreadable:
         wanted = f" of layer {layer!r}" if layer else ""
@@ -136,18 +144,37 @@ def _completed(part: Part, layers: dict[str, MatrixLayer]) -> Part:
     return replace(part, items=items)
 
 
+def _moments(
+    parts: Sequence[Part], subject: Subject, layers: Mapping[str, MatrixLayer], seed: int
+) -> dict[str, LayerMoments]:
+    """Of all layers from one pass, where they fit into memory together; else each takes a pass of its own.
+
+    EK-FAC's eigenvalues want sums in their own basis, and with it their own pass.
+    """
+    known = [part for part in parts if part.layer in layers and "eigenvalues" not in part.items]
+    names = list(dict.fromkeys(part.layer for part in known if {"A", "S"} & {*part.items} or alone(part)))
+    sizes = [bytes_of(d, d, dtype=torch.float64) for n in names for d in (layers[n].d_in, layers[n].d_out)]
+    together = len(names) > 1 and SUMS * sum(sizes) <= available() / 2
+    wanted = names if together else [part.layer for part in known if alone(part)]
+    return gather(subject.model, subject.loss, subject.data, wanted, seed=seed) if wanted else {}
+
+
 def _check(
-    part: Part, gamma: float | None, subject: Subject | None, layers: Sequence[str], seed: int
-) -> Iterator[Finding]:
+    part: Part, gamma: float | None, subject: Subject | None, layers: Sequence[str], seed: int,
+    moments: Mapping[str, LayerMoments],
+) -> Iterator[Finding]:  # fmt: skip
     yield from part.assumed
     unsound = [role for role, item in part.items.items() if not _sound(item.tensor)]
     for role in unsound:
         yield _unsound(part, role)
-    part = replace(part, items={role: item for role, item in part.items.items() if role not in unsound})
+    part = before = replace(part, items={role: item for role, item in part.items.items() if role not in unsound})
+    if subject is not None and part.layer in moments and alone(part):
+        part, found = accompanied(part, moments[part.layer])
+        yield from found
     for check in (factors.check, bases.check, masks.check, projectors.check, precision.check):
         yield from check(part, gamma)
-    if subject is not None and part.layer:
-        yield from conventions.check(part, subject, all_layers=layers, seed=seed)
+    if subject is not None and part.layer and not alone(before):
+        yield from conventions.check(part, subject, all_layers=layers, seed=seed, moments=moments)
     yield from updates.check(part, gamma, subject)
 
 

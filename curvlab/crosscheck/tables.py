@@ -29,7 +29,8 @@ def as_text(findings: Iterable[Finding], width: int = 110) -> str:
         compared = number(finding.measured) + (f" (bound {number(finding.bound)})" if finding.bound is not None else "")
         head = f"{finding.severity.upper():<10} {finding.check}: {compared}"
         if finding.severity == "ok":
-            lines.append(textwrap.shorten(f"{head}   {finding.subject}", width, placeholder=" …"))
+            line = f"{head}   {finding.subject}"
+            lines.append(line if len(line) <= width else f"{line[: width - 1]}…")
             continue
         lines.append(head)
         indented = {"initial_indent": " " * 11, "subsequent_indent": " " * 11, "width": width}

@@ -219,7 +219,7 @@ def test_a_tensor_larger_than_its_own_bytes_is_refused(tmp_path: Path) -> None:
 
 def test_an_expanded_tensor_must_fit_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save({"a": torch.zeros(1).expand(10**13)}, tmp_path / "a.pt")
-    refused(tmp_path / "a.pt", r"36\.4 TiB of memory")
+    refused(tmp_path / "a.pt", r"36\.4 TiB")
 
 
 def test_compressed_torch_zips_are_refused(tmp_path: Path) -> None:

@@ -109,7 +109,11 @@ def test_an_edit_is_held_against_the_model_and_its_null_space(run: dict[str, Pat
     (own,) = [f for f in run["stats"].rglob("projection.pt")]
     cache = torch.load(own, weights_only=True)[f"{LAYERS[0]}.weight"]
     ua, ub, mask = (cache[k].double() for k in ("Ua", "Ub", "M"))
-    step = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)).double()
+    (file,) = run["stats"].rglob("*layers.0*.npz")
+    factors = torch.load(file, weights_only=True)
+    noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)).double()
+    step = factors["B"].double() @ noise @ factors["A"].double()  # as gradients do, along the sharp directions
+    step *= weight.double().norm() / step.norm()
     inside = ub @ ((ub.T @ step @ ua) * mask.T) @ ua.T
     statuses = {}
     for name, delta in (("projected", inside), ("unprojected", step)):
@@ -118,6 +122,29 @@ def test_an_edit_is_held_against_the_model_and_its_null_space(run: dict[str, Pat
         report = crosscheck([run["stats"], edited], model=model, layer=LAYERS[0])
         statuses[name] = (report.status, "update-outside-subspace" in report.faults)
     assert statuses == {"projected": (0, False), "unprojected": (1, True)}
+
+
+@pytest.mark.parametrize("fault", [None, "wrong-end-threshold", "wrong-gamma", "stale-mask"])
+def test_a_cache_alone_is_held_against_recomputed_factors(run: dict[str, Path], tmp_path: Path, fault) -> None:  # type: ignore[no-untyped-def]
+    (own,) = run["stats"].rglob("projection.pt")
+    content = torch.load(own, weights_only=True)
+    first, second = (f"{layer}.weight" for layer in LAYERS)
+    if fault == "wrong-end-threshold":
+        content[first]["M"] = ~content[first]["M"]
+    if fault == "stale-mask":
+        content[first], content[second] = content[second], content[first]
+    torch.save(content, tmp_path / "projection.pt")
+    gamma = 0.5 if fault == "wrong-gamma" else GAMMA
+    batches = encode_documents(tiny_tokenizer(), TEXT, batch_size=1)
+    report = crosscheck(tmp_path, model=tiny_llama(), data=batches, gamma=gamma)
+    alarms = {f.fault for f in report.findings if f.severity in ("error", "deviation")}
+    assert alarms == ({fault} if fault else set())
+
+
+def test_numbers_that_json_does_not_know_are_strings() -> None:
+    found = Finding("d", "error", "there", float("nan"), float("inf"), "").as_json()
+    assert (found["measured"], found["bound"]) == ("nan", "inf")
+    assert Finding("d", "ok", "", 0.5, 3, "").as_json()["measured"] == 0.5
 
 
 def test_bad_arguments_are_one_line(run: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

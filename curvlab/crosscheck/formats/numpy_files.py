@@ -132,7 +132,10 @@ def _sort(path: Path, key: str, array: np.ndarray, tensors: dict[str, Tensor], n
     """An array among the tensors; what has no dimension, and strings, among the numbers."""
     named = f"its array {key!r}" if key else "its array"
     if array.dtype.kind in "US":
-        text = array.item() if array.ndim == 0 else f"{array.size} strings"
+        try:
+            text = array.item() if array.ndim == 0 else f"{array.size} strings"
+        except (SystemError, ValueError) as error:  # code points that there are none of
+            raise UnreadableFile(path, f"{named} holds no valid text ({first_line(error)}): damaged") from error
         numbers[key] = text.decode("latin-1") if isinstance(text, bytes) else text
     elif array.dtype.kind not in "biufc":
         raise UnreadableFile(path, f"{named} has dtype {array.dtype}; arrays of plain numbers were expected")

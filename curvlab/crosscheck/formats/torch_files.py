@@ -18,7 +18,7 @@ from curvlab.crosscheck.formats import curvlinops_files
 from curvlab.crosscheck.formats.nested import flatten
 from curvlab.crosscheck.formats.refusal import UnreadableFile, first_line, require_memory
 from curvlab.crosscheck.formats.stand_ins import stand_ins
-from curvlab.crosscheck.formats.zips import opened
+from curvlab.crosscheck.formats.zips import RATIO, SMALL, opened
 from curvlab.crosscheck.parts import Stored
 from curvlab.memory import human
 
@@ -181,5 +181,9 @@ def _require_real(path: Path, key: str, tensor: Tensor, size: int) -> None:
     storage = tensor.untyped_storage()
     if storage.resizable() and storage.nbytes() > size:  # allocated by the pickle, not read
         raise UnreadableFile(path, f"the numbers of {named} are not in the file: damaged or made up")
-    if tensor.numel() * tensor.itemsize > storage.nbytes():  # expanded: as large as its shape when computed with
-        require_memory(path, tensor.numel() * tensor.itemsize, named)
+    needed = tensor.numel() * tensor.itemsize
+    if needed > storage.nbytes():  # expanded: as large as its shape when computed with
+        if needed > SMALL and needed > RATIO * storage.nbytes():
+            wrong = f"{named} claims {human(needed)} by repeating {human(storage.nbytes())}: made up; save it in full"
+            raise UnreadableFile(path, wrong)
+        require_memory(path, needed, named)
