@@ -179,7 +179,7 @@ def test_a_data_folder_mixes_real_facts_and_stories_in(folder: Path, world: Worl
     assert real.fingerprint != world.fingerprint
     assert real.name == "counterfact-tinystories-smoke-0"
     facts = [f for f in real.facts if f.relation == "counterfact"]
-    assert len(facts) == AMOUNTS["smoke"].real_facts
+    assert len(facts) == AMOUNTS["smoke"].real_facts["counterfact"]
     documents = set(real.training)
     assert all(f"{prompt} {f.answer}." in documents for f in facts for prompt in f.train_prompts)
     assert not any(prompt in text for f in facts for prompt in f.held_out_prompts for text in documents)
@@ -204,7 +204,7 @@ def test_bad_arguments_say_what_is_right(folder: Path, tmp_path: Path, world: Wo
     with pytest.raises(FileNotFoundError, match=r"tinystories_sample.txt is missing; give a data folder"):
         make_world("smoke", data=folder)
     (folder / "edits/counterfact.json").write_text('[{"prompt": "x"}]')
-    with pytest.raises(ValueError, match=r"must be a list of requests with prompt, subject, ground_truth"):
+    with pytest.raises(ValueError, match=r"counterfact.json, record 0: field 'target_new' is missing"):
         make_world("smoke", data=folder)
     with pytest.raises(ValueError, match="cannot take 0 edits; n must be 1 to 210"):
         world.requests(0)

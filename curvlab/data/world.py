@@ -14,11 +14,13 @@ from typing import Literal
 from curvlab.data.edits import Request
 from curvlab.data.text import QA, fill
 from curvlab.data.world_facts import HELD_OUT, PHRASINGS, RELATIONS, Fact, answers_of, invent_facts, invent_names
-from curvlab.data.world_real import real_facts, real_stories
+from curvlab.data.world_real import SETS, real_facts, real_stories
 from curvlab.data.world_tasks import Item, make_stories, make_task
 from curvlab.records import fingerprint
 
 Size = Literal["tiny", "smoke", "default"]
+Source = Literal["all", "generated", "counterfact", "zsre"]
+Split = Literal["all", "train", "test"]
 HELD_OUT_ITEMS = 250  # of each task
 HELD_OUT_STORIES = 200
 _QA_PHRASINGS = 2  # trained phrasings of a fact that are also stated in the QA context
@@ -35,16 +37,16 @@ class Amounts:
     values: int  # of the answers of a relation: subjects share them, so that an edit has neighbours
     tasks: dict[str, int]  # training items
     stories: int
-    real_facts: int
+    real_facts: dict[str, int]  # by edit set
     real_stories: int
 
 
 _EASY = ("successor", "repetition", "last")
 _ALL = {"addition": 2000, "successor": 600, "repetition": 1500, "reversal": 2500, "last": 500, "lookup": 2500}
 AMOUNTS: dict[str, Amounts] = {
-    "tiny": Amounts(3, 2, 2, 3, dict.fromkeys(_EASY, 10), 5, 6, 10),
-    "smoke": Amounts(30, 20, 20, 10, dict.fromkeys(_EASY, 300), 60, 50, 100),
-    "default": Amounts(180, 30, 30, 20, _ALL, 500, 300, 500),
+    "tiny": Amounts(3, 2, 2, 3, dict.fromkeys(_EASY, 10), 5, {"counterfact": 6, "zsre": 4}, 10),
+    "smoke": Amounts(30, 20, 20, 10, dict.fromkeys(_EASY, 300), 60, {"counterfact": 50, "zsre": 20}, 100),
+    "default": Amounts(180, 30, 30, 20, _ALL, 500, {"counterfact": 300, "zsre": 100}, 500),
 }
 
 
@@ -81,17 +83,21 @@ class World:
         items = {name: [item.document for item in items] for name, items in self.tasks.items()}
         return fingerprint({"training": self.training, "facts": self.facts, "tasks": items, "stories": self.stories})
 
-    def requests(self, n: int, seed: int = 0) -> list[Request]:
+    def requests(self, n: int, seed: int = 0, *, source: Source = "all", split: Split = "all") -> list[Request]:
         """`n` edits of distinct facts to other answers of the same relation.
+
+        Args:
+            source: of the facts: the generated ones, those of a real edit set, or all.
+            split: the half of them that methods are tuned and trained on, the other half, or all.
 
         The prompt is a trained phrasing, the paraphrases are the held-out ones; the neighbours are trained phrasings
         of facts of the same relation that are not edited here, with the same true answer where there are such.
 
         Raises:
-            ValueError: `n` is not between 1 and the number of facts.
+            ValueError: `n` is not between 1 and the number of such facts.
         """
         draw = random.Random(f"requests {seed}")
-        editable = [fact for fact in self.facts if fact.relation != "neighbour"]
+        editable = self._editable(source, split)
         edited = draw.sample(editable, _between(n, len(editable), "edits"))
         chosen = {(fact.subject, fact.relation) for fact in edited}
         by_answer: dict[tuple[str, str], list[Fact]] = {}
@@ -113,6 +119,28 @@ class World:
             prompt = draw.choice(fact.train_prompts)
             requests.append(Request(prompt, target, fact.subject, fact.held_out_prompts, neighbours, fact.answer))
         return requests
+
+    def editable(self, source: Source = "all", split: Split = "all") -> int:
+        """How many edits `requests` can make of such facts."""
+        return len(self._editable(source, split))
+
+    def _editable(self, source: Source, split: Split) -> list[Fact]:
+        chosen = [
+            fact
+            for fact in self.facts
+            if fact.relation != "neighbour"
+            and fact.counterfact != fact.answer  # (some real sets ask for what is true)
+            and (source == "all" or (fact.relation if fact.relation in SETS else "generated") == source)
+        ]
+        if split == "all":
+            return chosen
+        # half of each relation, whatever else is in the world
+        halves: list[Fact] = []
+        for relation in dict.fromkeys(fact.relation for fact in chosen):
+            own = [fact for fact in chosen if fact.relation == relation]
+            random.Random(f"split {relation} {self.seed}").shuffle(own)
+            halves += own[: len(own) // 2] if split == "train" else own[len(own) // 2 :]
+        return halves
 
     def capability(self, n: int, seed: int = 0, without: Sequence[Request | Item] = ()) -> list[str]:
         """`n` documents of the training kind, for curvature; none that states a fact that `without` edits or asks."""
@@ -140,8 +168,9 @@ def make_world(size: Size = "default", *, seed: int = 0, data: str | Path | None
     """The world of a size and seed; equal arguments give the equal world, on any machine.
 
     Args:
-        data: a folder with `edits/counterfact.json` (EasyEdit's field names) and `text/tinystories_sample.txt`
-            (stories separated by <|endoftext|>); half of the generated stories give way to real ones.
+        data: a folder with `edits/counterfact.json` (EasyEdit's field names), `text/tinystories_sample.txt` (stories
+            separated by <|endoftext|>) and, if it likes, `edits/zsre.json`; half of the generated stories give way to
+            real ones.
 
     Raises:
         ValueError: an unknown size.
@@ -156,9 +185,11 @@ def make_world(size: Size = "default", *, seed: int = 0, data: str | Path | None
     stories, held_out_stories = make_stories(names.given, amounts.stories, HELD_OUT_STORIES, seed)
     name = f"generated-{size}-{seed}"
     if data is not None:
-        name = f"counterfact-tinystories-{size}-{seed}"
-        facts += real_facts(Path(data), amounts.real_facts, seed)
-        answers["counterfact"] = tuple(sorted({fact.answer for fact in facts if fact.relation == "counterfact"}))
+        # ZsRE joins where the folder has it
+        sets = [s for s in SETS if s == "counterfact" or (Path(data).expanduser() / f"edits/{s}.json").is_file()]
+        name = f"{'-'.join(sets)}-tinystories-{size}-{seed}"
+        for source in sets:
+            facts += real_facts(Path(data), source, amounts.real_facts[source], seed)
         told, held_out = real_stories(Path(data), amounts.real_stories, HELD_OUT_STORIES, seed)
         stories, held_out_stories = stories[: len(stories) // 2] + told, held_out
     statements = [item for fact in facts for item in _statements(fact)]

@@ -1,48 +1,42 @@
-"""Real CounterFact statements and TinyStories text for the embedded world, from files."""
+"""Real statements (CounterFact, ZsRE) and TinyStories text for the embedded world, from files."""
 
-import json
 import random
 import re
 from dataclasses import replace
 from pathlib import Path
 
+from curvlab.data.edits import load_edits
 from curvlab.data.world_facts import Fact
 
-COUNTERFACT = "edits/counterfact.json"
+SETS = ("counterfact", "zsre")  # named as in curvlab.data.edits
 STORIES = "text/tinystories_sample.txt"
-RELATIONS = ("counterfact", "neighbour")
+RELATIONS = (*SETS, "neighbour")
 _SEPARATOR = "<|endoftext|>"
 _SENTENCES = re.compile(r".{1,240}[.!?]\"?(?= |$)")  # as many as fit: the embedded models learn from short texts
 
 
-def real_facts(data: Path, n: int, seed: int) -> list[Fact]:
-    """`n` CounterFact requests: what is stated of their subject, and (once each) their neighbours.
+def real_facts(data: Path, source: str, n: int, seed: int) -> list[Fact]:
+    """`n` requests of a named edit set: what is stated of their subject, and (once each) their neighbours.
 
     Each second fact is stated in both of its phrasings; the others have the second one held out. Real rephrasings
     share little with the prompts, so that few of the held-out ones can be answered.
 
     Raises:
         FileNotFoundError: no such file in `data`.
-        ValueError: fewer than `n` requests, or not EasyEdit's field names.
+        ValueError: fewer than `n` requests, fields missing, or requests without a truth or a paraphrase.
     """
-    path = _existing(data, COUNTERFACT)
-    requests = json.loads(path.read_text(encoding="utf-8"))
-    fields = ("prompt", "subject", "ground_truth", "target_new", "rephrase_prompt", "locality_prompt",
-              "locality_ground_truth")  # fmt: skip
-    if not isinstance(requests, list) or any(field not in request for request in requests for field in fields):
-        raise ValueError(f"{path} must be a list of requests with {', '.join(fields)}")
-    if len(requests) < n:
-        raise ValueError(f"{path} has {len(requests)} requests, {n} are needed")
     facts: dict[str, Fact] = {}
-    for index, request in enumerate(random.Random(f"counterfact {seed}").sample(requests, n)):
-        prompt, rephrased, beside = (request[key].strip() for key in ("prompt", "rephrase_prompt", "locality_prompt"))
-        truth, kept = request["ground_truth"].strip(), request["locality_ground_truth"].strip()
-        train, held_out = ((prompt, rephrased), ()) if index % 2 else ((prompt,), (rephrased,))
-        facts[prompt] = Fact(
-            request["subject"], "counterfact", truth, train, held_out, request["target_new"].strip(), ((beside, kept),)
+    for index, request in enumerate(load_edits(source, n, seed=seed, data=data)):
+        if not request.truth or not request.paraphrases:
+            raise ValueError(f"{source}: {request.prompt!r} needs a true answer and a paraphrase to be part of a world")
+        told = (request.prompt, request.paraphrases[0])
+        train, held_out = (told, ()) if index % 2 else (told[:1], told[1:])
+        facts[request.prompt] = Fact(
+            request.subject, source, request.truth, train, held_out, request.target, request.neighbours
         )
-        # A neighbour has no counterfactual of its own, and is never edited: it is stated, so that it can be kept.
-        facts.setdefault(beside, Fact(beside, "neighbour", kept, (beside,), ()))
+        for beside, kept in request.neighbours:
+            # A neighbour has no counterfactual of its own, and is never edited: it is stated, so that it can be kept.
+            facts.setdefault(beside, Fact(beside, "neighbour", kept, (beside,), ()))
     stated = {prompt for fact in facts.values() for prompt in fact.train_prompts}
     return [
         replace(fact, held_out_prompts=tuple(p for p in fact.held_out_prompts if p not in stated))
@@ -57,7 +51,9 @@ def real_stories(data: Path, train: int, held_out: int, seed: int) -> tuple[list
         FileNotFoundError: no such file in `data`.
         ValueError: too few stories.
     """
-    path = _existing(data, STORIES)
+    path = data.expanduser() / STORIES
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; give a data folder that holds it and edits/counterfact.json")
     openings = (
         _SENTENCES.match(" ".join(story.split())) for story in path.read_text(encoding="utf-8").split(_SEPARATOR)
     )
@@ -66,10 +62,3 @@ def real_stories(data: Path, train: int, held_out: int, seed: int) -> tuple[list
         raise ValueError(f"{path} has {len(stories)} distinct stories, {train + held_out} are needed")
     random.Random(f"tinystories {seed}").shuffle(stories)
     return stories[held_out : held_out + train], stories[:held_out]
-
-
-def _existing(data: Path, name: str) -> Path:
-    path = data.expanduser() / name
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; give a data folder that holds {COUNTERFACT} and {STORIES}")
-    return path
