@@ -114,7 +114,8 @@ def trials(config: Config) -> Iterator[list[Trial]]:
     shapes = SHAPES + ODD
     for i in range(0 if config.faults else sizes.correct):
         spectrum, storage = KINDS[i % len(KINDS)], STORAGES[i % len(STORAGES)]  # 9 and 5: every pair comes up
-        yield [Trial((), shapes[(i + i // 10) % len(shapes)], next(seeds), spectrum, storage)]
+        first, seed = i + i // 10, next(seeds)
+        yield [Trial((), shapes[(first + k) % len(shapes)], seed, spectrum, storage) for k in range(len(shapes))]
 
 
 def _alternatives(names: tuple[str, ...], seed: int) -> Iterator[Trial]:

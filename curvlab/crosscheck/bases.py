@@ -9,6 +9,7 @@ from torch import Tensor
 
 from curvlab.crosscheck import spectra
 from curvlab.crosscheck.evidence import COARSE, asymmetry, coarse_dtype, orthonormal_defect, precision, square, usable
+from curvlab.crosscheck.extremes import guarded
 from curvlab.crosscheck.findings import Finding, Severity
 from curvlab.crosscheck.parts import Part
 from curvlab.crosscheck.spectra import ROLES, Rotated, of_basis
@@ -16,6 +17,7 @@ from curvlab.crosscheck.spectra import ROLES, Rotated, of_basis
 BOTH: tuple[Literal["in", "out"], ...] = ("in", "out")
 
 
+@guarded
 def check(part: Part, gamma: float | None = None) -> list[Finding]:
     """Eigenvectors and eigenvalues of both sides, and eigenvalues of the layer."""
     found: list[Finding] = []

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from curvlab.crosscheck.altered import altered, resembles
 from curvlab.crosscheck.drawn import drawn_fits
 from curvlab.crosscheck.findings import Finding
 from curvlab.crosscheck.gathering import gather
@@ -25,7 +26,7 @@ def explain(
     part: Part, subject: Subject, name: str, moments: LayerMoments, outcomes: Mapping[Side, Outcome],
     all_layers: Sequence[str] | None, seed: int,
 ) -> list[Finding]:  # fmt: skip
-    """Why nothing fits: swapped sides, damping, another layer, other weights, other data."""
+    """Why nothing fits: swapped sides, another layer, other weights, a step with a name, other data."""
     failing = {side: outcome for side, outcome in outcomes.items() if outcome.fit is None}
     sides: list[Role] = list(failing)
     where = part.subject(*sides)
@@ -38,24 +39,31 @@ def explain(
 
     if _are_swapped(outcomes, moments):
         return [swapped(where, "A is the second moment of gradients and S that of inputs", worst)]
-    damped = {side: _damping(side, outcome, moments) for side, outcome in failing.items()}
-    if all(value is not None for value in damped.values()):
-        amounts = ", ".join(f"{side} + {value:.3g} · I" for side, value in damped.items())
-        return [
-            Finding(
-                "convention", "convention", where, amounts, None,
-                f"fits with a multiple of the identity added: {amounts} (damping)",
-                "keep damping out of stored factors: it makes flat directions count",
-            )
-        ]  # fmt: skip
     elsewhere, closer = _elsewhere(part, subject, name, outcomes, failing, all_layers, seed)
     if elsewhere is not None:
         return error(*elsewhere)
-    if "A" in outcomes and outcomes["A"].fit is not None:
+    steps = {side: altered(outcome.X, side, moments, outcome.round_off) for side, outcome in failing.items()}
+    if all(steps.values()):
+        did = "; ".join(f"{side} is {step}" for side, step in steps.items())
+        return error(did, "store the plain mean of outer products", "unexplained-factor")
+    if set(failing) == {"A"} and any(o.certain and o.fit is not None for side, o in outcomes.items() if side != "A"):
         return error(
-            "A fits, so that data and the weights below are these; the gradients do not: this layer's or later weights "
-            "have changed since, or another loss was differentiated",
-            "compute the factors anew at the present weights, with this loss", "stale-factors",
+            "S fits to round-off, so that weights, data and labels are right: A alone is of something else. Inputs "
+            f"taken at another place than {name} (before an activation or a product, or another module's), or altered "
+            "afterwards; or padding or special tokens (a second begin of text) that enter A alone",
+            f"capture what {name} is called with, at the positions of the loss or of the text", "unexplained-factor",
+        )  # fmt: skip
+    if "A" in outcomes and (outcomes["A"].fit is not None):
+        if all(resembles(outcome.X, side, moments) for side, outcome in failing.items()):
+            return error(
+                "A fits, so that data and the weights below are these; the gradients do not: this layer's or later "
+                "weights have changed since, or another loss was differentiated (padding in it, labels not shifted)",
+                "compute the factors anew at the present weights, with this loss", "stale-factors",
+            )  # fmt: skip
+        return error(
+            "A fits, so that data and the weights below are these; the other is like none of ours at any labels, no "
+            "nearer than an unrelated matrix: another module's, or altered after it was summed",
+            f"sum g gᵀ of gradients at the output of {name}", "unexplained-factor",
         )  # fmt: skip
     return _similar(part, name, moments, failing, said + closer)
 
@@ -88,9 +96,10 @@ def _elsewhere(
         residuals = search(subject, stored, others, seed)
         for other, own in residuals.items():
             if all(own[side] <= failing[side].round_off for side in wanted if side == "A" or "A" not in wanted):
-                cause = (
-                    f"these are the factors of {other}, not of {name}: they fit that layer to {max(own.values()):.2g}"
-                )
+                fitting = {side: own[side] for side in wanted if own[side] <= failing[side].round_off}
+                what = f"{' and '.join(fitting)} of" if set(fitting) != set(stored) else "the factors of"
+                left = ", ".join(f"{side} {residual:.1g}" for side, residual in fitting.items())
+                cause = f"these are {what} {other}, not of {name}: relative distances to that layer's are {left}"
                 return (cause, f"use the factors of {name}", "other-layer"), ""
         if residuals:
             worst = max(o.nearest.residual if o.nearest else 1.0 for o in failing.values())
@@ -120,31 +129,9 @@ def _are_swapped(outcomes: Mapping[Side, Outcome], moments: LayerMoments) -> boo
             found = fits(outcome.X, other, moments)  # type: ignore[arg-type]
             good = bool(found) and found[0].residual <= outcome.round_off
             if not good and other == "S":
-                good = bool(drawn_fits(outcome.X, "S", moments))
+                good = any(drawn.told for drawn in drawn_fits(outcome.X, "S", moments))
             tried.append(good)
     return bool(tried) and (all(tried) if len(tried) == 1 else tried[1] and any(tried))
-
-
-def _damping(side: Side, outcome: Outcome, moments: LayerMoments) -> float | None:
-    """d where X = c·Y + d·I to within the bound for our structure, c and d > 0; None else."""
-    if side == "eigenvalues":
-        return None
-    X = outcome.X
-    eye = torch.eye(len(X), dtype=X.dtype, device=X.device)
-    for label in [""] if side == "A" else moments.labels:
-        for name in moments.sets:
-            gram = moments.gram(label, "position", "sum", name)
-            if gram is None:
-                continue
-            Y = gram.view(bias="last" if len(X) == len(gram.matrix) else "none")
-            if Y.shape != X.shape or not bool(Y.isfinite().all()):
-                continue
-            basis = torch.stack([Y.flatten() / Y.norm(), eye.flatten()], 1)
-            c, d = torch.linalg.lstsq(basis, X.flatten()[:, None]).solution.flatten().tolist()
-            residual = float((X - c * Y / Y.norm() - d * eye).norm() / X.norm())
-            if c > 0 and d > 0 and residual <= outcome.round_off:
-                return d
-    return None
 
 
 def _fits_weights(subject: Subject, name: str, W: Tensor, failing: Mapping[Side, Outcome], seed: int) -> bool:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from curvlab.crosscheck.evidence import COARSE, asymmetry, precision, square, usable
+from curvlab.crosscheck.extremes import guarded
 from curvlab.crosscheck.findings import Finding, Severity
 from curvlab.crosscheck.parts import Part, Role
 from curvlab.crosscheck.spectra import FULL_UNTIL, eigenvalues, symmetric
@@ -18,6 +19,11 @@ SIDES = {"A": "input side", "S": "output side"}
 
 def check(part: Part, gamma: float | None = None) -> list[Finding]:
     """Each factor by itself, then the two together."""
+    return [*_factors(part, gamma), *_range(part)]
+
+
+@guarded
+def _factors(part: Part, gamma: float | None) -> list[Finding]:
     found: list[Finding] = []
     for role in FACTORS:
         C = part.tensor(role)
@@ -132,9 +138,22 @@ def _together(part: Part) -> Iterator[Finding]:
         cause = "both sides hold the same matrix"
         remedy = "save the input side's second moment as A and the output gradients' as B"
         yield Finding("sides", "error", subject, "identical", "different", cause, remedy, "duplicated-factor")
-    largest = float(A.diagonal().double().max()) * float(S.diagonal().double().max())
-    smallest = torch.finfo(torch.float32).tiny / torch.finfo(torch.float32).eps
-    if 0 < largest < smallest or largest > torch.finfo(torch.float32).max:
-        cause = f"products of eigenvalues reach {largest:.2g}: below or above what float32 can hold with all its digits"
-        remedy = "scale the factors, or form products and their sums in float64"
-        yield Finding("factor-scale", "deviation", subject, largest, smallest, cause, remedy, "float32-range")
+
+
+def _range(part: Part) -> Iterator[Finding]:
+    """Whether products of eigenvalues stay within float32; in logarithms, which hold what float64 does not."""
+    A, S = part.tensor("A"), part.tensor("S")
+    if A is None or S is None or not (usable(A) and usable(S)) or not (square(A) and square(S)):
+        return
+    tops = [float(C.diagonal().double().max()) for C in (A, S)]
+    if min(tops) <= 0:
+        return
+    single = torch.finfo(torch.float32)
+    largest, smallest = sum(math.log10(top) for top in tops), math.log10(single.tiny / single.eps)
+    if smallest <= largest <= math.log10(single.max):
+        return
+    reached = f"1e{largest:+.1f}"
+    cause = f"products of eigenvalues reach {reached}: below or above what float32 can hold with all its digits"
+    remedy = "scale the factors, or form products and their sums in float64"
+    bound = f"1e{smallest:+.1f} to 1e{math.log10(single.max):+.1f}"
+    yield Finding("factor-scale", "deviation", part.subject("A", "S"), reached, bound, cause, remedy, "float32-range")

@@ -109,6 +109,36 @@ def _all_removed(run: Run) -> None:
     run.kept = torch.zeros_like(run.kept)
 
 
+@fault("other-rule", "The threshold is on sums λ_i + λ_j, or γ is applied to each factor alone.",
+       VISIBLE, "cache", CACHED)  # fmt: skip
+def _other_rule(run: Run) -> None:
+    inner, outer = run.values_in.clamp_min(0), run.values_out.clamp_min(0)
+    if coin(run):
+        sums = outer[:, None] + inner
+        run.kept = sums < threshold(sums, run.gamma) * (1 - (1e-5 if run.tied else 0.0))
+    else:
+        slack = 1 - (1e-5 if run.tied else 0.0)
+        columns, rows = (values < threshold(values, run.gamma) * slack for values in (inner, outer))
+        run.kept = rows[:, None] & columns
+    if min(int((~run.kept).sum()), int(run.kept.sum())) < 2 or _by_products(run):
+        raise NoDifference("some threshold of the products, in some order, gives this mask too")
+
+
+def _by_products(run: Run) -> bool:
+    """Whether the mask is a threshold of products, as they lie or in an order that another fault would give them."""
+    kept = [run.kept, ~run.kept]
+    kept += [one.mT for one in kept] if run.shape[0] == run.shape[1] else []
+    orders = [run.products.flip(dims) for dims in ((), (0,), (1,), (0, 1))]
+    top = float(run.products.max())
+    round_off, near = 1e-6 * top, 1e-4 * top  # within which float32 factors leave products' order open
+    return any(
+        float(products[one].max())
+        <= float(products[~one].min()) + max(round_off, min(near, 1e-3 * float(products[one].max())))
+        for products in orders
+        for one in kept
+    )
+
+
 # --- projectors ------------------------------------------------------------------------------------------------------
 
 

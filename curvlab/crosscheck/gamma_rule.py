@@ -113,12 +113,13 @@ def threshold_of(products: Products, gamma: float) -> tuple[float, float]:
 
 def sequential_ranks(products: Products, gamma: float) -> list[int]:
     """How many directions a float32 running sum takes to reach γ: of its own end, of the exact total, of shares."""
-    ordered = products.values.flatten().sort(descending=True).values.numpy().astype(np.float32)
-    sums = np.cumsum(ordered, dtype=np.float32)  # numpy adds one after another
-    total = np.float32(ordered.sum(dtype=np.float64))
-    shares = np.cumsum(ordered / total, dtype=np.float32) if total > 0 else sums
-    found = [np.searchsorted(sums, np.float32(gamma) * sums[-1]), np.searchsorted(sums / sums[-1], gamma)]
-    found += [np.searchsorted(sums, np.float32(gamma) * total), np.searchsorted(shares, gamma)]
+    with np.errstate(over="ignore", invalid="ignore"):  # what float32 does there is what is asked
+        ordered = products.values.flatten().sort(descending=True).values.numpy().astype(np.float32)
+        sums = np.cumsum(ordered, dtype=np.float32)  # numpy adds one after another
+        total = np.float32(ordered.sum(dtype=np.float64))
+        shares = np.cumsum(ordered / total, dtype=np.float32) if total > 0 else sums
+        found = [np.searchsorted(sums, np.float32(gamma) * sums[-1]), np.searchsorted(sums / sums[-1], gamma)]
+        found += [np.searchsorted(sums, np.float32(gamma) * total), np.searchsorted(shares, gamma)]
     return sorted({min(int(rank), len(ordered) - 1) + 1 for rank in found})
 
 

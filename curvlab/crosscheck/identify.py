@@ -1,6 +1,8 @@
 """Which tensor is which: from keys and file names (claims) and from what the tensors show (evidence)."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,14 +19,18 @@ from curvlab.crosscheck.evidence import (
     usable,
     zeros_and_ones,
 )
+from curvlab.crosscheck.extremes import is_count
 from curvlab.crosscheck.findings import Finding
-from curvlab.crosscheck.names import SUMS, Claim, matched, of_file, role_of_key
+from curvlab.crosscheck.names import SUMS, Claim, matched, of_file, role_of_key, statistics_layer
+from curvlab.crosscheck.orphans import adopted
 from curvlab.crosscheck.pairs import paired
 from curvlab.crosscheck.parts import Item, Part, Role, Stored
 from curvlab.crosscheck.sides import AUTHORS_MASK, resolve
 from curvlab.crosscheck.stacks import unstack
+from curvlab.crosscheck.turned import turned
 from curvlab.layers import LayerShape
 
+CHECKPOINT: set[Role] = {"base", "edited"}
 OPEN: dict[Claim, tuple[Role, Role]] = {
     "factor": ("A", "S"), "vectors": ("U_in", "U_out"), "values": ("values_in", "values_out"),
 }  # fmt: skip
@@ -47,6 +53,7 @@ class Piece:
     evidence: str
     file: int
     order: int = 0
+    own: bool = False  # a weight under its own name in a checkpoint: of no other layer
 
 
 def identify(stored: Sequence[Stored], layers: Mapping[str, LayerShape] | None = None) -> list[Part]:
@@ -54,13 +61,14 @@ def identify(stored: Sequence[Stored], layers: Mapping[str, LayerShape] | None =
 
     Args:
         stored: files as read.
-        layers: of the model, where one is given: names and shapes are held against them.
+        layers: of the model, where one is given: names and shapes are held against them, and where they are
+            `MatrixLayer`s their kind tells how a weight lies.
 
     Returns:
         One part a layer (several where a layer has several sets of factors). What was assumed, contradictions between
         claims and evidence, and tensors that could not be identified are findings in `Part.assumed`.
     """
-    pieces, counts = _claimed(stored)
+    pieces, counts = _claimed(stored, _known(stored, layers))
     pieces = _known_names(pieces, layers)
     pieces, notes = paired(pieces, layers)
     parts: list[Part] = []
@@ -68,16 +76,28 @@ def identify(stored: Sequence[Stored], layers: Mapping[str, LayerShape] | None =
         for own in _variants(bundles):
             parts.append(_part(layer, own, counts, layers))
     parts = unstack(parts, layers)
-    parts = [_named_by_shape(part, layers) for part in parts]
+    parts = adopted([_named_by_shape(part, layers) for part in parts], layers)
+    parts = [_hinted(turned(part, layers), layers) for part in parts]
     return [part for part in parts if part.items or part.assumed] + notes
 
 
-def _claimed(stored: Sequence[Stored]) -> tuple[list[Piece], dict[tuple[int, str, str], float]]:
-    """Tensors with their claims, and counts by file, layer and side."""
+def _known(stored: Sequence[Stored], layers: Mapping[str, LayerShape] | None) -> set[str]:
+    """Names of layers that the model, files of statistics, or keys of factors and weights give."""
+    known = set(layers or ()) | {statistics_layer(file.path) for file in stored}
+    for file in stored:
+        named = [role_of_key(key) for key in file.tensors]
+        known |= {layer for claim, layer in named if claim in ("A", "S", "weight")}
+    return known - {""}
+
+
+def _claimed(stored: Sequence[Stored], known: Collection[str]) -> tuple[list[Piece], dict[tuple[int, str, str], float]]:
+    """Tensors with their claims, and counts by file, layer and side; `known`: names of layers."""
     pieces: list[Piece] = []
     counts: dict[tuple[int, str, str], float] = {}
+    names = Counter(file.path.name for file in stored)
     for number, file in enumerate(stored):
-        file_layer, file_claim = of_file(file.path)
+        name = file.path.name if names[file.path.name] == 1 else f"{file.path.parent.name}/{file.path.name}".strip("/")
+        file_layer, file_claim = of_file(file.path, known)
         numbers = dict(file.numbers)
         tensors = {}
         for key, tensor in file.tensors.items():
@@ -88,7 +108,7 @@ def _claimed(stored: Sequence[Stored]) -> tuple[list[Piece], dict[tuple[int, str
         for key, value in numbers.items():
             claim, layer = role_of_key(key)
             if claim in ("count", "count_out") and isinstance(value, int | float):
-                counts[number, layer or file_layer, claim] = float(value)
+                counts[number, layer or file_layer, claim] = _number(value)
         for order, (key, tensor) in enumerate(tensors.items()):
             claim, layer = role_of_key(key)
             by = "its key"
@@ -98,7 +118,7 @@ def _claimed(stored: Sequence[Stored]) -> tuple[list[Piece], dict[tuple[int, str
                 continue
             if claim in (None, "values", "vectors", "weight") or (claim == "factor"):
                 claim, by = _by_evidence(claim, tensor, by)
-            source = f"{file.path.name}: {key}" if key else file.path.name
+            source = f"{name}: {key}" if key else name
             raw = not file.format.startswith(("curvlab", "curvlinops"))  # those readers give means
             if raw and (key.split("/")[-1] in SUMS or file.path.stem in SUMS):
                 tensor, source = _mean(tensor, source, counts, number, layer or file_layer, claim)
@@ -106,6 +126,13 @@ def _claimed(stored: Sequence[Stored]) -> tuple[list[Piece], dict[tuple[int, str
                 by = f"{by}; {AUTHORS_MASK}"
             pieces.append(Piece(layer or file_layer, claim, tensor, source, by, number, order))
     return pieces, counts
+
+
+def _number(value: int | float) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # an integer beyond all floats
+        return math.inf
 
 
 def _mean(
@@ -118,7 +145,7 @@ def _mean(
 ) -> tuple[Tensor, str]:
     """A format that keeps sums and their counts: the mean."""
     count = counts.get((file, layer, "count_out" if claim == "S" else "count"))
-    if not count or not tensor.is_floating_point():
+    if count is None or not is_count(count) or not tensor.is_floating_point():
         return tensor, source
     coarse = coarse_dtype(tensor)
     mean = tensor / count if coarse is None else (tensor.double() / count).to(coarse)  # no more digits than the sum
@@ -178,10 +205,12 @@ def _bundles(pieces: Sequence[Piece]) -> dict[str, list[list[Piece]]]:
     """By layer, then by file; pieces without a layer go to the only one there is."""
     names = list(dict.fromkeys(piece.layer for piece in pieces if piece.layer))
     dotted = [name for name in names if "." in name]
+    named = [n for n in names if any(piece.layer == n and not piece.own for piece in pieces)]
+    names, dotted = (named, [n for n in dotted if n in named]) if named else (names, dotted)
     alone = names[0] if len(names) == 1 else dotted[0] if len(dotted) == 1 and len(names) == 2 else ""
     by_layer: dict[str, dict[int, list[Piece]]] = {}
     for piece in pieces:
-        layer = piece.layer if piece.layer in dotted or not alone else alone
+        layer = piece.layer if piece.own or piece.layer in dotted or not alone else alone
         by_layer.setdefault(layer, {}).setdefault(piece.file, []).append(piece)
     return {layer: list(files.values()) for layer, files in by_layer.items()}
 
@@ -235,6 +264,9 @@ def _part(
     count = next((counts[f, n, "count"] for f in files for n in (layer, "") if (f, n, "count") in counts), None)
     if count is None:
         count = next((value for (f, _, side), value in counts.items() if f in files and side == "count"), None)
+    if count is not None and not is_count(count):
+        assumed.append(_no_count(layer, pieces, count))
+        count = None
     kinds = [_kind_by_evidence(piece, layer, assumed) for piece in pieces]
     for piece in sorted(kinds, key=lambda piece: piece.claim in OPEN):
         role = _role(piece, items, layers.get(layer) if layers else None)
@@ -251,6 +283,13 @@ def _part(
     if "projector" in items and items["projector"].tensor.dim() == 3:
         return part  # a stack: resolved once its slices have their layers
     return _said(resolve(part, layers.get(layer) if layers else None), layers)
+
+
+def _no_count(layer: str, pieces: Sequence[Piece], count: float) -> Finding:
+    subject = " · ".join(filter(None, [layer, pieces[0].source.split(":")[0]]))
+    cause = f"N is {count:g}, no number of samples: what depends on it (ranks, sums for means) was not checked"
+    remedy = "store the number of samples (positions) behind the statistics, a whole number from 1"
+    return Finding("factor-count", "error", subject, f"{count:g}", "1 or more", cause, remedy, "no-count")
 
 
 def _kind_by_evidence(piece: Piece, layer: str, assumed: list[Finding]) -> Piece:
@@ -330,9 +369,33 @@ def _said(part: Part, layers: Mapping[str, LayerShape] | None) -> Part:
     return replace(part, assumed=(*part.assumed, finding))
 
 
+NARROWING, WIDENING = ("down_proj", "fc2", "wo", "dense_4h_to_h"), ("up_proj", "gate_proj", "c_fc", "fc1")
+
+
+def _hinted(part: Part, layers: Mapping[str, LayerShape] | None) -> Part:
+    """A hint where a layer's name says which side is the wider, and the sides are the other way round."""
+    last = part.layer.rsplit(".", 1)[-1]
+    sided = [role for role in ("A", "S", "U_in", "U_out") if role in part.items]
+    if (layers and part.layer in layers) or part.shape is None or not sided:
+        return part
+    d_out, d_in = part.shape
+    narrowing = last in NARROWING or part.layer.endswith("mlp.c_proj")
+    exchanged = d_in < d_out if narrowing else last in WIDENING and d_in > d_out
+    if not exchanged:
+        return part
+    cause = (
+        f"the input side has {d_in} and the output side {d_out} dimensions, though layers called {last!r} mostly "
+        f"{'narrow' if narrowing else 'widen'}: A and B may be exchanged throughout"
+    )
+    finding = Finding(
+        "sides", "convention", part.subject(*sided), f"{d_out} x {d_in}", f"{d_in} x {d_out}", cause, "give the model"
+    )
+    return replace(part, assumed=(*part.assumed, finding))
+
+
 def _named_by_shape(part: Part, layers: Mapping[str, LayerShape] | None) -> Part:
     """A part whose name the model does not know takes the name of the only layer with its shape."""
-    if not layers or part.layer in layers or part.shape is None:
+    if not layers or part.layer in layers or part.shape is None or (part.layer and set(part.items) <= CHECKPOINT):
         return part
     d_out, d_in = part.shape
     fits = [n for n, own in layers.items() if own.d_out == d_out and d_in - own.d_in in (0, 1)]

@@ -14,9 +14,9 @@ from curvlab.batches import Batch
 from curvlab.capture import run
 from curvlab.losses import Loss
 
-PADDING, FIRST, LAST, IGNORED = 1, 2, 4, 8  # flags of a position; the class is their sum
+PADDING, FIRST, LAST, IGNORED, COLUMN = 1, 2, 4, 8, 16  # flags of a position; the class is their sum
 
-CLASSES = 16
+CLASSES = 32
 
 ALL_REAL = "every real position"
 
@@ -37,6 +37,8 @@ def _choices() -> dict[str, Callable[[int], bool]]:
                 return (padding or not c & PADDING) and not any(test(c) for test, _ in dropped)
 
             out[name] = counts
+    # the common shift [:, :-1]: the batch's last column goes, which is padding for all but its longest documents
+    out["padding counted, last column of each batch dropped"] = lambda c: not c & COLUMN
     return out
 
 
@@ -93,6 +95,7 @@ def _codes(batch: Batch, loss: Loss) -> tuple[Tensor, Tensor]:
     if code.shape[1] > 1:
         code = code + torch.where(real & (real.cumsum(1) == 1), FIRST, 0)
         code = code + torch.where(real & (real.flip(1).cumsum(1).flip(1) == 1), LAST, 0)
+        code[:, -1] += COLUMN
     return code, terms.sum(1)
 
 

@@ -44,6 +44,13 @@ def inside(part: Part, change: Change, constraint: Allowed) -> list[Finding]:
     if "outside" in pair:
         severity, cause, remedy, fault = pair["outside"]
         return finding(severity, f"{said}: {cause}", remedy, fault)
+    decay = _decay(change, constraint, limit)
+    if decay is not None:
+        return finding(
+            "deviation",
+            f"{said}: it is {decay:.2%} of the base weights themselves, taken off by weight decay, which no mask holds",
+            "set the weight decay of what is edited to 0, or project the decay too", "update-weight-decay",
+        )  # fmt: skip
     if share < 0.9 * by_chance:
         return finding(
             "convention",
@@ -63,6 +70,19 @@ def inside(part: Part, change: Change, constraint: Allowed) -> list[Finding]:
         f"{said}, more than a random update's {by_chance:.2%}: it was not projected, or by another constraint",
         "project every gradient or update of this layer by this mask", "update-outside-subspace",
     )  # fmt: skip
+
+
+def _decay(change: Change, constraint: Allowed, limit: float) -> float | None:
+    """d > 0 where what lies outside is −d·W, to a tenth and to round-off: weight decay; None else."""
+    if change.base is None:
+        return None
+    outside, own = (t - constraint.project(t) for t in (change.delta, change.base))
+    size = float(own.square().sum())
+    if size == 0:
+        return None
+    d = -float((outside * own).sum()) / size
+    rest = float((outside + d * own).norm())
+    return d if d > 0 and rest <= max(0.1 * float(outside.norm()), limit * float(change.delta.norm())) else None
 
 
 def _odds(share: float) -> float:

@@ -8,8 +8,10 @@ from torch import Tensor
 
 from curvlab.crosscheck import spectra
 from curvlab.crosscheck.evidence import usable, zeros_and_ones
+from curvlab.crosscheck.extremes import guarded
 from curvlab.crosscheck.findings import Finding, Severity
 from curvlab.crosscheck.gamma_rule import Products, Range, gamma_range, nested, threshold_room
+from curvlab.crosscheck.other_rules import of_sides
 from curvlab.crosscheck.parts import Part
 from curvlab.crosscheck.ranks import USUAL, rank_findings
 from curvlab.crosscheck.sides import AUTHORS_MASK
@@ -33,6 +35,7 @@ class Reading:
         return kept if self.inverted else ~kept
 
 
+@guarded
 def check(part: Part, gamma: float | None = None) -> list[Finding]:
     """The mask of a layer against eigenvalues of its factors (or stored ones).
 
@@ -85,6 +88,7 @@ def _candidates(part: Part) -> tuple[list[Reading], bool]:
         values = stored.double().clamp_min(0)
         unit = torch.finfo(stored.dtype).eps if stored.is_floating_point() else 0.0
         error = 16 * unit * values
+        unit = max(unit, spectra.basis_rounding(part))  # which widens the tie of curvlab's rule
         found.append(Reading("the stored eigenvalues", Products(values, error, unit)))
     return found, sound
 
@@ -110,13 +114,22 @@ def _reading(candidates: list[Reading], kept: Tensor, gamma: float | None) -> Re
     """The first that explains the mask; among those with one fault the one nearest to γ."""
     asked = USUAL if gamma is None else (gamma,)
     several: list[Reading] = []
-    for reading in _readings(candidates, kept.shape[0] == kept.shape[1]):
+    plain: list[Reading] = []
+    for i, reading in enumerate(_readings(candidates, kept.shape[0] == kept.shape[1])):
+        if plain and i >= len(candidates):
+            break  # looser bounds would only blur the γ
         removed = reading.removed(kept)
         if removed.shape != reading.products.values.shape or threshold_room(reading.products, removed) < 0:
             continue
         if not (reading.turned or reading.inverted or reading.resorted):
-            return reading
+            if gamma is None or gamma_range(reading.products, removed).holds(gamma):
+                return reading
+            plain.append(reading)
+            continue
         several.append(reading)
+    if plain:  # the factors' eigenvalues and EK-FAC's may both explain it: the γ asked for decides
+        assert gamma is not None
+        return min(plain, key=lambda own: gamma_range(own.products, own.removed(kept)).distance(gamma))
     ranges = [gamma_range(own.products, own.removed(kept)) for own in several]
     # faults come in order of their number: one that explains a γ goes before
     far = [2 * (found.low > 0.99999) + (not any(found.holds(one) for one in asked)) for found in ranges]
@@ -139,9 +152,14 @@ def _undecided(part: Part, kept: Tensor) -> Finding:
 def _explained(part: Part, kept: Tensor, candidates: list[Reading], gamma: float | None) -> Iterator[Finding]:
     subject = part.subject("mask", "U_in", "U_out", "A", "S")
     reading = _reading(candidates, kept, gamma)
-    if reading is None or (reading.resorted and _indefinite(part)):
-        yield _undecided(part, kept) if _indefinite(part) else _no_threshold(part, kept, candidates)
+    if _indefinite(part) and (reading is None or reading.resorted):
+        yield _undecided(part, kept)
         return
+    if reading is None or (reading.resorted and (reading.turned or reading.inverted)):  # two faults, or one other rule
+        other = _other_rule(part, kept, candidates, gamma)
+        if other is not None or reading is None:
+            yield other or _no_threshold(part, kept, candidates)
+            return
     removed = reading.removed(kept)
     if reading.turned:
         yield _turned(part, subject)
@@ -200,6 +218,17 @@ def _inverted(part: Part, kept: Tensor, reading: Reading, found: Range) -> Findi
     remedy = "keep what is below the threshold: M = product < sorted[rank - 1], products sorted descending"
     subject = part.subject("mask", "U_in", "U_out", "A", "S")
     return Finding("mask-energy", "error", subject, share, 1 - share, cause, remedy, "wrong-end-threshold")
+
+
+def _other_rule(part: Part, kept: Tensor, candidates: list[Reading], gamma: float | None) -> Finding | None:
+    """A rule on the sides' own eigenvalues, where their order is known."""
+    inner, outer = spectra.side(part, "in"), spectra.side(part, "out")
+    if inner is None or outer is None or not (inner.ordered and outer.ordered and inner.fits and outer.fits):
+        return None
+    if kept.shape != (len(outer.values), len(inner.values)):
+        return None
+    subject = part.subject("mask", "U_in", "U_out", "A", "S")
+    return of_sides(candidates[0].products, outer, inner, ~kept, gamma, subject)
 
 
 def _no_threshold(part: Part, kept: Tensor, candidates: list[Reading]) -> Finding:

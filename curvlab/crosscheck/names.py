@@ -65,7 +65,7 @@ NOISE = {
     "factors", "factor", "kfac", "ekfac", "cache", "caches", "stats", "statistics", "masks", "projectors",
     "covariances",
     "float32", "float64", "float16", "bfloat16", "fp32", "weights", "model", "tensors", "null", "space", "project",
-    "projection_cache", "proj_cache", "eigen", "out", "in", "state", "dict", "checkpoint", "data", "new", "old",
+    "projection_cache", "eigen", "out", "in", "state", "dict", "checkpoint", "data", "new", "old",
     "layer",
 }  # fmt: skip
 
@@ -91,8 +91,12 @@ def role_of_key(key: str) -> tuple[Claim | None, str]:
     return None, "" if all(piece.isdigit() for piece in pieces) else _layer(key)
 
 
-def of_file(path: Path) -> tuple[str, Claim | None]:
-    """The layer and the role that a file name claims; ("", None) where it claims none."""
+def of_file(path: Path, known: Iterable[str] = ()) -> tuple[str, Claim | None]:
+    """The layer and the role that a file name claims; ("", None) where it claims none.
+
+    Args:
+        known: layers that the model or other files name; the longest that the name holds whole is meant.
+    """
     stem = path.name
     for suffix in path.suffixes[::-1]:
         if not re.fullmatch(r"\.[A-Za-z]\w*", suffix) or suffix[1:].lower() not in _SUFFIXES:
@@ -101,14 +105,44 @@ def of_file(path: Path) -> tuple[str, Claim | None]:
     found = STATISTICS.match(stem)
     if found:
         return _layer(found["layer"]), "A" if found["kind"].lower() == "mom2" else None
+    for name in sorted(known, key=len, reverse=True):
+        if _holds(stem, name):
+            return name, _word_claim(stem.replace(name, "", 1))
     dotted = DOTTED.search(stem)
     if dotted:
         name = _bare(dotted[0])
-        return _layer(name), _word_claim(stem.replace(name, "", 1))
+        return _layer(name), _word_claim(stem.replace(".weight", "", 1).replace(_layer(name), "", 1))
     if stem.lower() in KEYS:
         return "", KEYS[stem.lower()]
     rest = [w for w in _words(stem) if w.lower() not in KEYS and w.lower() not in NOISE and not w.isdigit()]
     return _layer("_".join(rest)), _word_claim(stem)
+
+
+def statistics_layer(path: Path) -> str:
+    """The layer of a file of statistics ("fc2_float32_kfac_30.npz"), which names it plainly; "" for others."""
+    found = STATISTICS.match(path.stem)
+    return _layer(found["layer"]) if found else ""
+
+
+def _holds(stem: str, name: str) -> bool:
+    """Whether a file's name is that of a layer, with words before and after it that name no other layer."""
+    if len(name) < 2 or name.isdigit() or name.lower() in {*KEYS, *NOISE}:
+        return False
+    at = stem.find(name)
+    if at < 0:
+        return False
+    before, after = stem[:at], stem[at + len(name) :]
+    if not all(_no_layer(word) for word in _words(before)) or before[-1:].isalnum() or before.endswith("."):
+        return False
+    if not after:
+        return True
+    if after[0].isalnum():
+        return False
+    return ("." in name and after[0] != ".") or all(_no_layer(word) for word in _words(after))
+
+
+def _no_layer(word: str) -> bool:
+    return word.lower() in {*KEYS, *NOISE}
 
 
 def _words(stem: str) -> list[str]:
@@ -123,17 +157,20 @@ def _word_claim(text: str) -> Claim | None:
 
 
 def _bare(name: str) -> str:
-    """A dotted name without words for what is in the file: "cache_model.layers.3.mlp.down_proj_factors"."""
+    """A dotted name without words for what is in the file: "cache_model.layers.3.mlp.down_proj_factors".
+
+    Numbers go only behind such words ("_cache_30"): "fc_2" is a module.
+    """
     words = sorted((w for w in {*KEYS, *NOISE} if len(w) > 3 and w not in MODULES), key=len, reverse=True)
+    endings = "|".join([r"b?float\d+", "null_space", *map(re.escape, words)])
+    last = re.compile(rf"[_.](?:{endings})(?:_(?:gamma|n)?\d+(?:\.\d+)?)*$", re.IGNORECASE)
+    first = re.compile(rf"^(?:{endings})_", re.IGNORECASE)
     changed = True
     while changed:
         before = name
-        name = re.sub(r"_(?:b?float\d+|\d+)$", "", name)
-        for word in words:
-            if name.lower().endswith(f"_{word}"):
-                name = name[: -len(word) - 1]
-            if name.lower().startswith(f"{word}_"):
-                name = name[len(word) + 1 :]
+        name = first.sub("", last.sub("", name))
+        if name.endswith(("_proj_proj", "_attn_proj", "_fc_proj")):  # a file of projections of q_proj
+            name = name.removesuffix("_proj")
         changed = name != before
     return name
 

@@ -1,13 +1,15 @@
 """One stored factor held against every convention: which fits, within which bound, and how that is said."""
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from curvlab.crosscheck.adding import LARGE_LAYER
-from curvlab.crosscheck.drawn import DRAWN, drawn_fits
+from curvlab.crosscheck.altered import damping
+from curvlab.crosscheck.drawn import Drawn, drawn_fits
 from curvlab.crosscheck.findings import Finding
 from curvlab.crosscheck.layout import ALL_REAL
 from curvlab.crosscheck.moments import LayerMoments
@@ -32,6 +34,7 @@ NEARLY = 0.01  # a residual below which one convention may still be meant, compu
 
 WORST = 0.1  # that a long float32 sum is granted; beyond, nothing is recognised
 EXACTLY = 1e-10  # residuals below are all round-off of float64
+NEGLIGIBLE = 1e-3  # of the mean eigenvalue: damping below it changes no direction that a γ mask asks about
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,30 @@ def outcome(part: Part, side: Side, X: Tensor, moments: LayerMoments, subject: S
     """The best convention for one factor."""
     X = X.to(next(iter(moments.grams.values())).matrix.device)
     limit = _limit(X, moments, subject)
+    own = _held(part, side, X, moments, limit)
+    if own.explained or (own.nearest is not None and own.nearest.residual <= limit):
+        return own
+    delta = damping(X, side, moments, limit)
+    if delta is None:
+        return own
+    undamped = X - delta * torch.eye(len(X), dtype=X.dtype, device=X.device)
+    again = _held(part, side, undamped, moments, limit * float(X.norm() / undamped.norm()))
+    return again if again.fit is None else replace(again, findings=[_damped(part, side, X, delta), *again.findings])
+
+
+def _damped(part: Part, side: Side, X: Tensor, delta: float) -> Finding:
+    share = delta / (float(X.trace()) / len(X) - delta)
+    return Finding(
+        f"convention-{side}-damped-factor", "deviation" if share >= NEGLIGIBLE else "convention", part.subject(side),
+        share, NEGLIGIBLE,
+        f"{side} fits with a multiple of the identity added (damping): {side} + {delta:.3g} · I, {share:.2g} of the "
+        "mean eigenvalue; flat directions hold energy that the data do not give them",
+        "keep damping out of stored factors; add it where they are inverted", "damped-factor",
+    )  # fmt: skip
+
+
+def _held(part: Part, side: Side, X: Tensor, moments: LayerMoments, limit: float) -> Outcome:
+    """X as it is, held against every convention."""
     if side == "eigenvalues":
         products = _products(part, X, limit)
         if products is not None:
@@ -63,17 +90,22 @@ def outcome(part: Part, side: Side, X: Tensor, moments: LayerMoments, subject: S
     found = fits(X, side, moments, limit)
     nearest = found[0] if found else None
     if nearest is not None and nearest.residual <= limit:
-        best = plainest(found, EXACTLY)
-        return Outcome(X, limit, best, _named(part, best, found, limit, X, moments), nearest, limit)
+        plain = plainest(found, EXACTLY)
+        return Outcome(X, limit, plain, _named(part, plain, found, limit, X, moments), nearest, limit)
     drawn = drawn_fits(X, side, moments) if side != "A" else []
     if drawn and (nearest is None or nearest.residual > max(NEARLY, _naive(part, X, moments))):
-        best, spread = drawn[0]
-        return Outcome(X, DRAWN * spread, best, _named(part, best, found, DRAWN * spread, X, moments), nearest, limit)
+        best = drawn[0]
+        if not best.told:
+            return Outcome(X, best.limit, best.fit, [_undecided(part, best, moments)], nearest, limit)
+        said = _named(part, best.fit, found, best.limit, X, moments)
+        if best.lifted is not None:
+            said.append(_damped(part, side, X, best.lifted / (1 + best.lifted) * float(X.trace()) / len(X)))
+        return Outcome(X, best.limit, best.fit, said, nearest, limit)
     if nearest is not None and nearest.residual <= max(NEARLY, _naive(part, X, moments)):
         # what lost digits lost some of its scale, too
         found = [explained(fit, moments, max(SCALE, 2 * fit.residual)) for fit in found if fit.residual <= 0.5]
-        best = plainest(found, EXACTLY)
-        return Outcome(X, limit, best, _nearly(part, best, found, limit, X, moments), nearest, limit)
+        plain = plainest(found, EXACTLY)
+        return Outcome(X, limit, plain, _nearly(part, plain, found, limit, X, moments), nearest, limit)
     return Outcome(X, limit, None, [], nearest, limit)
 
 
@@ -121,7 +153,7 @@ def _named(part: Part, fit: Fit, found: Sequence[Fit], limit: float, X: Tensor, 
     side = fit.structure.side
     alike = [f for f in found if f.residual <= max(fit.residual * 1.5, limit) and f.structure != fit.structure]
     runner = next((f for f in found if f.residual > max(fit.residual * 1.5, limit)), None)
-    kind = "round-off" if fit.exact else "three times the spread of our own draws, a statistical bound"
+    kind = "round-off" if fit.exact else "between our own draws and unrelated matrices, a statistical bound"
     cause = f"fits: {fit} (residual {fit.residual:.2g}; bound {limit:.2g}: {kind})"
     if runner is not None:
         cause += f"; next best: {runner} ({runner.residual:.2g})"
@@ -133,13 +165,17 @@ def _named(part: Part, fit: Fit, found: Sequence[Fit], limit: float, X: Tensor, 
         cause += f"; its numbers are {str(precision).removeprefix('torch.')} numbers"
     out = [Finding(f"convention-{side}", "ok", part.subject(side), fit.residual, limit, cause)]
     change = _change(X, fit, moments)
+    of_labels, said = _effect_of_labels(fit, moments)
     for remark in remarks(fit, _proportional(fit.structure, moments)):
         structural = remark.fault not in ("unnormalised-sums", None)
-        effect = f" (it changes the factor by {change:.2g} of its norm)" if structural and change is not None else ""
+        size = of_labels if remark.fault == "empirical-labels" else change
+        effect = f" (it changes the factor by {size:.2g} of its norm)" if structural and size is not None else ""
+        if remark.fault == "empirical-labels":
+            effect = said
         out.append(
             Finding(
                 f"convention-{side}-{remark.fault or 'choice'}", remark.severity, part.subject(side),
-                change if structural else fit.factor, None, f"{side}: {remark.cause}{effect}", remark.remedy,
+                size if structural else fit.factor, None, f"{side}: {remark.cause}{effect}", remark.remedy,
                 remark.fault,
             )
         )  # fmt: skip
@@ -167,6 +203,41 @@ def _change(X: Tensor, fit: Fit, moments: LayerMoments) -> float | None:
         if structure == Structure(fit.structure.side, labels, form, bias=bias):
             return compare(X, Y)[1]
     return None
+
+
+def _effect_of_labels(fit: Fit, moments: LayerMoments) -> tuple[float | None, str]:
+    """‖S_data − S_model‖/‖S_model‖ at the fit's other choices, and how it is said.
+
+    S_model is at exact labels where there are some, else the mean of our draws: their own noise, their spread divided
+    by the root of their number, is part of the distance.
+    """
+    by_label = {
+        structure.labels: Y for structure, Y in candidates(fit.structure.side, moments, moments.layer.d_in)
+        if replace(structure, labels="data") == replace(fit.structure, labels="data", bias="none")
+    }  # fmt: skip
+    draws = [Y for label, Y in by_label.items() if label.startswith("model")]
+    if fit.structure.labels != "data" or "data" not in by_label or not draws:
+        return None, ""
+    name = f"‖{fit.structure.side} − at the model's labels‖ is"
+    if "exact" in by_label:
+        ours, noise = by_label["exact"], ""
+    else:
+        ours = torch.stack(draws).mean(0)
+        spread = sum(float((Y - ours).square().sum()) for Y in draws) / max(len(draws) - 1, 1) / len(draws)
+        noise = f"; the mean of {len(draws)} draws, uncertain by {spread**0.5 / float(ours.norm()):.2g}"
+    size = float((by_label["data"] - ours).norm() / ours.norm())
+    return size, f" ({name} {size:.2g} of the latter's norm{noise})"
+
+
+def _undecided(part: Part, drawn: Drawn, moments: LayerMoments) -> Finding:
+    side = drawn.fit.structure.side
+    more = math.ceil((drawn.spread / 0.3) ** 2)
+    return Finding(
+        f"convention-{side}-undecided", "convention", part.subject(side), drawn.fit.residual, drawn.limit,
+        f"{side} may be labels drawn from the model, but these data do not tell: our own draws are {drawn.spread:.2g} "
+        "of their norm apart, as unrelated matrices are",
+        f"give about {max(more, 2)} times as many documents, or labels drawn with one of our seeds (0 to 3)",
+    )  # fmt: skip
 
 
 def _nearly(

@@ -19,13 +19,15 @@ from curvlab.crosscheck.evidence import (
     square,
     usable,
 )
+from curvlab.crosscheck.extremes import guarded
 from curvlab.crosscheck.findings import Finding, Severity
 from curvlab.crosscheck.parts import Part, Role
-from curvlab.crosscheck.spectra import eigenvalues, symmetric
+from curvlab.crosscheck.spectra import FULL_UNTIL, eigenvalues, symmetric
 
 ALPHAEDIT = 2e-2  # AlphaEdit's nullspace_threshold
 
 
+@guarded
 def check(part: Part, gamma: float | None = None) -> list[Finding]:
     """The projector by itself, then against the second moment of the inputs."""
     P = part.tensor("projector")
@@ -62,8 +64,10 @@ def _projector(part: Part, P: Tensor) -> Iterator[Finding]:
         yield Finding(
             "projector-idempotency", severity, subject, defect, bound, cause, remedy, "projector-not-idempotent"
         )
-        if severity == "error":
+        if severity == "error" or d > FULL_UNTIL:
             return
+        P = _nearest(P)  # which directions it was meant to keep, without what spoiled P² = P
+        trace = float(P.diagonal().double().sum())
     else:
         cause = f"idempotent up to round-off; trace {trace:.4f}, so {round(trace)} of {d} directions are kept"
         yield Finding("projector-idempotency", "ok", subject, defect, bound, cause)
@@ -71,6 +75,13 @@ def _projector(part: Part, P: Tensor) -> Iterator[Finding]:
         yield _trivial(part, round(trace), d)
         return
     yield from _against(part, P, round(trace))
+
+
+def _nearest(P: Tensor) -> Tensor:
+    """The orthogonal projector nearest to a symmetric P: its eigenvalues rounded to 0 and 1."""
+    values, U = torch.linalg.eigh(symmetric(P.double()))
+    U = U[:, values > 0.5]
+    return (U @ U.mT).to(P.dtype)
 
 
 def _trivial(part: Part, rank: int, d: int) -> Finding:

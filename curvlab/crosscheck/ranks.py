@@ -1,11 +1,13 @@
 """Where a mask's threshold lies against the γ that was asked for, and what moves it: ties, strictness, summation."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from curvlab.crosscheck.findings import Finding, Severity
 from curvlab.crosscheck.gamma_rule import Products, Range, rank_of, sequential_ranks, threshold_of
+from curvlab.crosscheck.other_rules import of_powers
 
 USUAL = (0.5, 0.6, 0.7, 0.75, 0.8, 0.9, 0.95, 0.99, 0.995, 0.999, 0.9999)  # γ that people choose
 
@@ -40,7 +42,34 @@ def rank_findings(
         cause = f"the mask {what}: the rule at γ = {gamma:g}, and at any {interval}"
         yield Finding("mask-gamma", "ok", subject, found.removed, gamma, cause)
         return
+    reach = tie_reach(products, gamma)
+    beyond = removed & (products.values + products.error < reach.threshold - reach.error - reach.tie)
+    if found.low >= gamma and not bool(beyond.any()):
+        extra = int((removed & (products.values < reach.threshold)).sum())
+        cause = (
+            f"the mask {what}: the rule at γ = {gamma:g} and {extra:,} more within {reach.tie:.2g} of its threshold "
+            f"σ_k = {reach.threshold:.4g}, one eigenspace up to round-off (curvlab removes it whole)"
+        )
+        yield Finding("mask-gamma", "ok", subject, found.removed, gamma, cause)
+        return
     yield _off(products, removed, found, gamma, subject, what, interval)
+
+
+@dataclass(frozen=True)
+class Reach:
+    """σ_k of the rule at a γ, its uncertainty, and how far below it eigenvalues still count as equal to it."""
+
+    threshold: float
+    error: float
+    tie: float
+
+
+def tie_reach(products: Products, gamma: float) -> Reach:
+    """The tie of `curvlab.projector.null_space`: 16 units of rounding of σ_1, at most a thousandth of σ_k."""
+    # a sum that misses γ by round-off goes on to the next eigenvalue
+    threshold, error = threshold_of(products, min(gamma + 16 * products.unit, 1.0))
+    tie = min(16 * products.unit * float(products.values.max()), 1e-3 * threshold)
+    return Reach(threshold, error, tie * (1 + 1e-6))
 
 
 def _off(
@@ -74,6 +103,9 @@ def _off(
         return Finding("mask-gamma", "error", subject, found.removed, gamma, cause, remedy, "unsorted-eigenvalues")
     if any(abs(rank - count) <= max(2.0, 0.02 * abs(rank - exact)) for rank in ranks):
         return Finding("mask-gamma", "deviation", subject, found.removed, gamma, *single)
+    power = of_powers(products, found, removed, gamma, subject)
+    if power is not None:
+        return power
     ratio = max(1 - found.removed, 1e-300) / (1 - gamma)
     far = found.distance(gamma) > 0.05 or (found.distance(gamma) > 0.005 and not 0.25 <= ratio <= 4)
     severity: Severity = "error" if far else "deviation"

@@ -15,6 +15,7 @@ from curvlab.crosscheck.findings import SEVERITIES, Finding, Severity, by_severi
 from curvlab.crosscheck.gathering import gather
 from curvlab.crosscheck.identify import identify
 from curvlab.crosscheck.moments import LayerMoments
+from curvlab.crosscheck.pairs import with_model
 from curvlab.crosscheck.parts import Item, Part, Role, Stored
 from curvlab.crosscheck.readers import survey
 from curvlab.crosscheck.unaccompanied import accompanied, alone
@@ -102,7 +103,8 @@ def crosscheck(
         found, refused = survey(file)
         stored += found
         unreadable += map(str, refused)
-    parts = identify(stored, {name: own.shape for name, own in layers.items()} if layers else None)
+    stored = stored if model is None else with_model(stored, model)
+    parts = identify(stored, layers or None)
     parts = [_completed(part, layers) for part in _chosen(parts, layer)]
     subject = None
     if model is not None and data is not None:
@@ -112,11 +114,16 @@ def crosscheck(
     for part in progress(parts, "cross-check"):
         findings += _check(part, gamma, subject, list(layers), seed, moments)
     findings += updates.others(parts)
-    if not parts and not unreadable:
+    if not _checked(findings) and not unreadable:
         wanted = f" of layer {layer!r}" if layer else ""
         cause = f"nothing{wanted} was found in {', '.join(map(str, files))} that could be checked"
         findings.append(Finding("content", "error", ", ".join(map(str, files)), 0, 1, cause, "name other files"))
     return Report(tuple(by_severity(findings)), tuple(parts), tuple(unreadable))
+
+
+def _checked(findings: Sequence[Finding]) -> bool:
+    """Whether anything was held to a bound: notes, and the dtype that numbers are stored in, are no checks."""
+    return any(own.severity != "convention" and not own.check.startswith("precision") for own in findings)
 
 
 def _chosen(parts: list[Part], layer: str | None) -> list[Part]:

@@ -18,7 +18,8 @@ from curvlab.layers import LayerShape
 AUTHORS_MASK = "the authors' M, d_in x d_out"  # in an item's evidence: the format says how it lies
 INPUT: tuple[Role, ...] = ("A", "U_in", "values_in")
 OUTPUT: tuple[Role, ...] = ("S", "U_out", "values_out")
-LAID_OUT: tuple[Role, ...] = ("mask", "eigenvalues", "base", "edited", "gradient", "update")
+WEIGHTS: tuple[Role, ...] = ("base", "edited", "gradient", "update")
+LAID_OUT: tuple[Role, ...] = ("mask", "eigenvalues", *WEIGHTS)
 OTHER: dict[Role, Role] = dict(zip(INPUT + OUTPUT, OUTPUT + INPUT, strict=True))
 CLEAR = 0.1  # off-diagonal share (see `off_diagonal`) above which a basis plainly belongs to another matrix
 
@@ -54,7 +55,7 @@ def _shape(part: Part, layer: LayerShape | None) -> tuple[int, int] | None:
             if d_out != d_in and sizes and d_in not in sizes and d_in + 1 in sizes:
                 d_in += 1
             if not sizes or set(sizes) <= {d_out, d_in}:
-                return d_out, d_in
+                return (d_in, d_out) if outvoted(part, d_out, d_in) else (d_out, d_in)
     votes_in, votes_out = Counter(_sizes(part, INPUT)), Counter(_sizes(part, OUTPUT))
     for item in mask:
         d_out, d_in = item.oriented.shape
@@ -80,6 +81,25 @@ def _shape(part: Part, layer: LayerShape | None) -> tuple[int, int] | None:
             return first, second
         return second, first
     return (second, first) if as_is > crossed else (first, second)
+
+
+def outvoted(part: Part, d_out: int, d_in: int) -> bool:
+    """Whether the other items agree that a weight read as d_out x d_in lies d_in x d_out, as GPT-2's Conv1D has it.
+
+    Three items that agree are enough; a name that GPT-2 gives its Conv1D, and two.
+    """
+    if d_out == d_in:
+        return False
+    inner, outer = _sizes(part, INPUT), _sizes(part, OUTPUT)
+    laid = [tuple(part.items[r].oriented.shape) for r in ("mask", "eigenvalues") if r in part.items]
+    as_is = inner.count(d_in) + outer.count(d_out) + laid.count((d_out, d_in))
+    turned = inner.count(d_out) + outer.count(d_in) + laid.count((d_in, d_out))
+    return as_is == 0 and turned >= (2 if conv1d_name(part.layer) else 3)
+
+
+def conv1d_name(layer: str) -> bool:
+    """Whether GPT-2 calls a Conv1D so, whose weight lies d_in x d_out."""
+    return layer.rsplit(".", 1)[-1] in ("c_proj", "c_attn", "c_fc", "q_attn")
 
 
 def _unswap_by_shape(part: Part, from_model: bool) -> Part:
@@ -159,7 +179,7 @@ def _lay_out(part: Part) -> Part:
         if item is None or d_out == d_in or item.tensor.dim() != 2:
             continue
         shape = tuple(item.tensor.shape)
-        if shape == (d_in, d_out):
+        if shape == (d_in, d_out) or (role in WEIGHTS and shape == (d_in - 1, d_out) != (d_out, d_in - 1)):
             items[role] = replace(item, transposed=True, evidence=f"{item.evidence}; shape of d_in x d_out")
         elif shape == (d_out, d_in):
             items[role] = replace(item, transposed=False, evidence=f"{item.evidence}; shape of W")

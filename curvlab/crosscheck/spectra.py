@@ -1,5 +1,6 @@
 """Eigenvalues of the two sides of a layer as its stored eigenvectors order them, with what round-off leaves open."""
 
+import math
 import weakref
 from dataclasses import dataclass
 from typing import Literal
@@ -57,6 +58,12 @@ class Side:
     error: Tensor
     ordered: bool
     fits: bool = True
+
+
+def power_of_two(C: Tensor) -> float:
+    """The largest entry's, by which dividing is exact; 1 for zeros."""
+    top = float(C.abs().max())
+    return 2.0 ** max(math.frexp(top)[1] - 1, -1022) if top > 0 else 1.0
 
 
 def solver_error(d: int) -> float:
@@ -121,7 +128,9 @@ def eigenvalues(C: Tensor, U: Tensor | None = None) -> Tensor:
     U: its eigenvectors, where stored, which tell what an asymmetric factor stands for.
     """
     dtype = torch.float64 if len(C) <= FULL_UNTIL else torch.float32
-    return torch.linalg.eigvalsh(symmetric(C.to(dtype), None if U is None else U.to(dtype))).double()
+    scale = power_of_two(C)  # solvers square entries: 1e308 would overflow, 1e-308 vanish
+    C = (C.double() / scale).to(dtype)
+    return torch.linalg.eigvalsh(symmetric(C, None if U is None else U.to(dtype))).double() * scale
 
 
 def rounding(part: Part, side: Literal["in", "out"]) -> float:
@@ -132,6 +141,12 @@ def rounding(part: Part, side: Literal["in", "out"]) -> float:
     if U is not None:
         units.append(_unit_of_basis(U.tensor))
     return max(units, default=torch.finfo(torch.float32).eps)
+
+
+def basis_rounding(part: Part) -> float:
+    """Unit of rounding of the stored eigenvectors of both sides; 0 without any."""
+    roles: tuple[Role, Role] = ("U_in", "U_out")
+    return max((_unit_of_basis(part.items[role].tensor) for role in roles if role in part.items), default=0.0)
 
 
 def _unit_of_basis(U: Tensor) -> float:

@@ -1,5 +1,6 @@
 """AlphaEdit keeps one projector a layer in a stack (L, d, d): which slice is which layer's."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -43,9 +44,16 @@ def _dealt(parts: list[Part], slices: list[Item], stack: Part, layers: Mapping[s
     free = [i for i in free if "projector" not in parts[i].items]
     shares = {(i, j): _commutator(P.tensor, parts[i].items["A"].tensor) for i in free for j, P in enumerate(slices)}
     chosen: dict[int, int] = {}  # of a slice: its part
+    places = sorted(free, key=lambda i: _natural(parts[i].layer))
+    if len(places) == len(slices):  # what fits at its own place stays there
+        chosen = {j: i for j, i in enumerate(places) if shares[i, j] <= FITS}
     for (i, j), share in sorted(shares.items(), key=lambda pair: pair[1]):
         if share <= FITS and i not in chosen.values() and j not in chosen:
             chosen[j] = i
+    note = _displaced(parts, slices, chosen, places)
+    if note:
+        moved = next(chosen[j] for j in sorted(chosen) if len(places) != len(slices) or places[j] != chosen[j])
+        parts[moved] = replace(parts[moved], assumed=(*parts[moved].assumed, note))
     left, open_ = [i for i in free if i not in chosen.values()], [j for j in range(len(slices)) if j not in chosen]
     by_order = len(left) == len(open_)
     names = [n for n, own in (layers or {}).items() if own.d_in == size and n not in {p.layer for p in parts}]
@@ -62,6 +70,33 @@ def _dealt(parts: list[Part], slices: list[Item], stack: Part, layers: Mapping[s
         note = _note(item, name, "nothing names the layers of a stack of projectors; by its place")
         parts.append(_joined(Part(name, {}), item, "its place in the stack", layers, note))
     return parts
+
+
+def _natural(layer: str) -> list[tuple[int, str]]:
+    """For sorting: layer 10 after layer 2, as a stack has them."""
+    return [(int(word), "") if word.isdigit() else (-1, word) for word in re.split(r"(\d+)", layer)]
+
+
+def _displaced(
+    parts: Sequence[Part], slices: Sequence[Item], chosen: Mapping[int, int], places: Sequence[int]
+) -> Finding | None:
+    """Slices that fit another layer than the one at their place, where an edit looks them up by their place."""
+    order = [places.index(chosen[j]) for j in sorted(chosen)]
+    full = len(places) == len(slices)
+    moved = [j for j, i in zip(sorted(chosen), order, strict=True) if i != j] if full else []
+    in_order = not moved if full else order == sorted(order)
+    if in_order:
+        return None
+    named = ", ".join(f"[{j}] fits {parts[chosen[j]].layer}" for j in (moved or sorted(chosen))[:6])
+    exchanged = any(chosen.get(places.index(chosen[j])) == places[j] for j in moved)
+    cause = f"slices of the stack fit other layers than those at their places: {named}" + (
+        "; layers are exchanged, and an edit that takes its projector by its place takes another layer's"
+        if exchanged else "; they are held against the layers that they fit, not those that their places mean"
+    )  # fmt: skip
+    source = slices[0].source.rsplit("[", 1)[0]
+    remedy = "stack the projectors in the order in which the edit's list has its layers"
+    severity = "error" if exchanged else "deviation"
+    return Finding("projector-place", severity, source, named, "in order", cause, remedy, "projectors-exchanged")  # type: ignore[arg-type]
 
 
 def _joined(

@@ -14,6 +14,7 @@ from curvlab.crosscheck.parts import Part
 from curvlab.crosscheck.subject import Subject
 from curvlab.layers import MatrixLayer, find_layers
 
+LISTED = 5  # changes named one by one
 DRIFT = 0.25  # relative change of the weights beyond which the paper computes its projector anew
 
 
@@ -31,7 +32,7 @@ def check(part: Part, gamma: float | None, subject: Subject | None) -> list[Find
     change = change_of(part, layer)
     if isinstance(change, Finding):
         return [change]
-    if change is None:
+    if change is None or change.delta.dim() != 2:
         return []
     where = part.subject(*change.roles)
     if not bool(change.delta.isfinite().all()):
@@ -56,23 +57,35 @@ def check(part: Part, gamma: float | None, subject: Subject | None) -> list[Find
 
 
 def others(parts: Sequence[Part]) -> list[Finding]:
-    """Layers that changed though no constraint is known for them, where another layer's is."""
+    """Tensors that changed though no constraint is known for them: an error where another layer's is, else a list."""
     constrained = [p for p in parts if any(role in p.items for role in ("mask", "projector", "A", "S"))]
-    out = []
+    changes: dict[str, float] = {}
     for part in parts:
         base, edited = part.tensor("base"), part.tensor("edited")
-        if base is None or edited is None or base.shape != edited.shape or part in constrained or not constrained:
+        if base is None or edited is None or base.shape != edited.shape or any(part is own for own in constrained):
             continue
-        change = edited.double() - base.double()
-        if bool(change.any()):
-            drift = float(change.norm() / base.double().norm())
-            out.append(
-                Finding("update-elsewhere", "error", part.subject("base", "edited"), drift, 0.0,
-                        f"{part.layer or 'a tensor'} changed by {drift:.2g} of its norm, though only "
-                        f"{', '.join(p.layer for p in constrained)} is constrained",
-                        "freeze what is not edited, or give its constraint", "update-elsewhere")
-            )  # fmt: skip
-    return out
+        change, size = float((edited.double() - base.double()).norm()), float(base.double().norm())
+        if change > 0:
+            changes[part.layer or part.subject("edited")] = change / size if size > 0 else math.inf
+    if not changes:
+        return []
+    worst = sorted(changes.items(), key=lambda pair: -pair[1])
+    listed = ", ".join(f"{name} by {drift:.2g}" for name, drift in worst[:LISTED])
+    more = f" and {len(worst) - LISTED} more" if len(worst) > LISTED else ""
+    where = ", ".join(name for name, _ in worst[:LISTED])
+    said = f"{listed}{more}, relative to their norms"
+    if not constrained:
+        return [
+            Finding("update-changes", "convention", where, worst[0][1], None,
+                    f"what changed ({len(worst)} tensors): {said}; no factors, mask or projector to hold it to",
+                    "give the factors and the cache that the edit was made with")
+        ]  # fmt: skip
+    return [
+        Finding("update-elsewhere", "error", where, worst[0][1], 0.0,
+                f"{len(worst)} {'tensor' if len(worst) == 1 else 'tensors'} changed though only "
+                f"{', '.join(p.layer or 'a nameless layer' for p in constrained[:LISTED])} is constrained: {said}",
+                "freeze what is not edited, or give its constraint", "update-elsewhere")
+    ]  # fmt: skip
 
 
 def _layer(part: Part, subject: Subject | None) -> MatrixLayer | None:
@@ -80,7 +93,12 @@ def _layer(part: Part, subject: Subject | None) -> MatrixLayer | None:
         return None
     names = dict(subject.model.named_modules())
     found = [n for n in (part.layer, part.layer.removesuffix(".weight")) if n and n in names]
-    return find_layers(subject.model, [found[0]])[0] if found else None
+    if not found:
+        return None
+    try:
+        return find_layers(subject.model, [found[0]])[0]
+    except ValueError:  # a norm or an embedding, whose change has no curvature here
+        return None
 
 
 def _unchanged(part: Part, where: str, constrained: bool) -> Finding:

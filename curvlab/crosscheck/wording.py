@@ -23,6 +23,12 @@ _POSITIONS: dict[str, Remark] = {
         "convention", "last-position-dropped",
         "the last position of each document is left out, as the authors do: it predicts nothing, but edits act on it",
     ),
+    "last column": Remark(
+        "convention", "last-position-dropped",
+        "the last column of each batch is left out (a shift [:, :-1]): the last token of its longest documents, and "
+        "padding of the others",
+        "drop positions by the attention mask of the shifted labels, not by column",
+    ),
     "first position": Remark(
         "convention", "first-position-dropped",
         "the first position of each document is left out: an edit may change what the layer does there freely",

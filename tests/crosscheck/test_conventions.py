@@ -224,7 +224,10 @@ def test_damping_and_wrong_shapes_are_named() -> None:
     made = produce(model, PROJ, data, Run())
     subject = Subject(model, CrossEntropy(), data)
     damped = part_of(PROJ, A=made.A + 0.1 * torch.eye(len(made.A)), S=made.S)
-    assert "damping" in one(check(damped, subject), "convention").cause
+    found = one(check(damped, subject), "convention-A-damped-factor")
+    assert found.severity == "deviation"
+    assert "damping" in found.cause
+    assert found.measured == pytest.approx(0.1 * len(made.A) / float(made.A.trace()), rel=1e-3)
     wrong = part_of(PROJ, A=made.A[:5, :5], S=made.S)
     assert faults(check(wrong, subject), "error") == {"mismatched-shapes"}
     unknown = part_of("h.7.mlp", A=made.A[:5, :5])

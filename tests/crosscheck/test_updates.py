@@ -182,7 +182,9 @@ def test_layers_changed_without_a_constraint() -> None:
     (found,) = others([edited, still, moved])
     assert found.severity == "error"
     assert "moved" in found.cause
-    assert others([still, moved]) == []  # no constraint anywhere: nothing to hold them to
+    (found,) = others([still, moved])  # no constraint anywhere: nothing to hold them to, and what changed is said
+    assert (found.check, found.severity, found.subject) == ("update-changes", "convention", "moved")
+    assert others([still]) == []
 
 
 def test_curvature_spent() -> None:
