@@ -1,6 +1,7 @@
 """What a language model says: greedy continuations of prompts, in batches."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -29,8 +30,8 @@ def generate(
     """The greedy continuation of each prompt, up to the first stop string, the end of text or `max_new_tokens`.
 
     Prompts of similar length share a batch, padded on the left and masked, so that neither the padding nor the
-    batch changes a result beyond round-off; a batch ends when all its rows have. A model's own sampling defaults
-    (Llama-3's temperature, Qwen's repetition penalty) are switched off.
+    batch changes a result beyond round-off; a batch ends when all its rows have. A model's own generation defaults
+    (Llama-3's temperature, Qwen's repetition penalty, suppressed tokens) are switched off; its ends of text count.
 
     Returns:
         The text after each prompt, in the order given, without the stop string and surrounding white space; "" where
@@ -47,7 +48,7 @@ def generate(
     new: list[list[int]] = [[] for _ in rows]
     ends = _ends(model, tokenizer)
     pending = list(range(len(rows)))
-    with evaluating(model):
+    with evaluating(model), _without_defaults(model):
         for tokens in (min(_FIRST, max_new_tokens), max_new_tokens - _FIRST):
             if tokens < 1:
                 break
@@ -93,19 +94,7 @@ def _batch(
     ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left")
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
     length = ids.shape[1]
-    # what is left unset, `generate` takes from the model's own configuration
-    config = GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=50,
-        max_new_tokens=tokens,
-        pad_token_id=pad,
-        eos_token_id=ends or None,
-    )
+    config = GenerationConfig(do_sample=False, max_new_tokens=tokens, pad_token_id=pad, eos_token_id=ends or None)
     stopped = _Stopped(tokenizer, length, stop)
     with torch.no_grad():
         outputs = cast(Any, model).generate(
@@ -116,6 +105,17 @@ def _batch(
         )
     found: list[list[int]] = outputs[:, length:].tolist()
     return [(ids, hit or any(token in ends for token in ids)) for ids, hit in zip(found, stopped.rows, strict=True)]
+
+
+@contextmanager
+def _without_defaults(model: PreTrainedModel) -> Iterator[None]:
+    """The model without its own generation configuration, from which `generate` would fill in whatever is unset."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _ends(model: PreTrainedModel, tokenizer: Any) -> list[int]:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from language import tiny_gpt2, tiny_llama, tiny_tokenizer
+from transformers import GenerationConfig
 
 from curvlab.evaluation.generation import generate
 
@@ -60,6 +61,20 @@ def test_the_models_own_sampling_is_switched_off() -> None:
     own.do_sample, own.temperature, own.top_k, own.top_p = True, 5.0, 7, 0.9
     own.repetition_penalty, own.no_repeat_ngram_size, own.num_beams, own.max_new_tokens = 3.0, 1, 2, 3
     assert generate(model, tokenizer, PROMPTS) == expected
+
+
+def test_nor_does_anything_else_of_its_defaults_count(capfd: pytest.CaptureFixture[str]) -> None:
+    """Llama-3 names a max_length; others suppress tokens, or force or forbid an early end."""
+    model, tokenizer = tiny_llama(2, dtype=torch.float64), tiny_tokenizer()
+    expected = generate(model, tokenizer, PROMPTS)
+    spoken = [token for text in expected for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
+    model.generation_config = own = GenerationConfig(
+        max_length=4096, suppress_tokens=spoken, min_new_tokens=39, min_p=0.5, eos_token_id=[2]
+    )
+    capfd.readouterr()
+    assert generate(model, tokenizer, PROMPTS) == expected
+    assert model.generation_config is own
+    assert "max_length" not in capfd.readouterr().err  # a warning a batch
 
 
 def test_every_token_that_ends_a_text_does() -> None:
