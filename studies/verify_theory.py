@@ -13,23 +13,22 @@ import copy
 import gc
 import json
 import math
+import multiprocessing
 import os
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal
 
-import joblib
 import pandas as pd
 import torch
 import torch.nn.functional as F
 import tyro
-from joblib.externals.loky import ProcessPoolExecutor
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -617,6 +616,34 @@ def run_claim(config: Config, number: int) -> list[Row]:
     return [check.row() for check in CLAIMS[number](Lab(config, PRESETS[config.preset]))]
 
 
+def finish(config: Config, folder: Path, number: int) -> tuple[int, list[Row], list[Path]]:
+    """A claim's rows, read from `folder` if it was finished before, and its pictures."""
+    try:
+        rows = cached_rows(folder / f"{number}.json", lambda: run_claim(config, number))
+    except Exception:  # the others' ledger is wanted all the same
+        rows = [raised(number, traceback.format_exc())]
+    return number, rows, claims_page.pictures(rows, config.out, ".png" if config.preset == "tiny" else ".pdf")
+
+
+def finished(config: Config, folder: Path, numbers: list[int]) -> Iterator[tuple[int, list[Row], list[Path]]]:
+    """`finish` of each claim, in any order, in several processes where that is asked for.
+
+    Forked processes have the modules and the data already, which take longer to load than half of the tiny preset;
+    a process that may use CUDA must not be forked.
+    """
+    forked = sys.platform == "linux" and not torch.cuda.is_available()
+    jobs = min(config.jobs or (os.cpu_count() or 1 if forked or config.preset != "tiny" else 1), len(numbers))
+    one = partial(finish, config, folder)
+    if jobs == 1:
+        yield from map(one, numbers)
+        return
+    context = multiprocessing.get_context("fork" if forked else "spawn")
+    # what is imported stays: a million objects less to look through at every collection
+    with ProcessPoolExecutor(jobs, context, initializer=gc.freeze) as pool:
+        calls = [pool.submit(one, number) for number in reversed(numbers)]  # the last ones take longest
+        yield from (call.result() for call in as_completed(calls))
+
+
 def raised(number: int, trace: str) -> Row:
     """The row of a claim whose check broke off."""
     last = trace.strip().splitlines()[-1]
@@ -646,7 +673,7 @@ def summary(rows: list[Row]) -> pd.DataFrame:
 
 def main(config: Config) -> None:
     started = time.perf_counter()
-    gc.freeze()  # what is imported stays: a million objects less to look through at every collection
+    torch.set_num_threads(1)  # before anything starts threads, which would not survive a fork
     unknown = sorted(set(config.claims) - set(CLAIMS))
     if unknown:
         raise SystemExit(f"--claims: unknown {unknown}; choose from {sorted(CLAIMS)}")
@@ -656,32 +683,18 @@ def main(config: Config) -> None:
         raise SystemExit(str(error)) from error
     if pair.note:
         print(f"\n*** {pair.note} ***\n", flush=True)
-    numbers = list(config.claims) or sorted(CLAIMS)
+    numbers = sorted(set(config.claims) or CLAIMS)
     origin = provenance(__file__) | pair.provenance() | {"threads": 1, "preset": config.preset}
     folder = config.out / "units" / fingerprint(origin | asdict(PRESETS[config.preset]))
-    jobs = 1 if config.preset == "tiny" and not config.jobs else min(config.jobs or os.cpu_count() or 1, len(numbers))
-
-    def finish(number: int) -> list[Row]:
-        try:
-            return cached_rows(folder / f"{number}.json", lambda: run_claim(config, number))
-        except Exception:  # the others' ledger is wanted all the same
-            return [raised(number, traceback.format_exc())]
-
-    # pictures in a process of their own, while further claims are checked; loky's does not import this script
-    rows: list[Row] = []
-    drawing: dict[int, Future[list[Path]]] = {}
-    suffix = ".png" if config.preset == "tiny" else ".pdf"
-    with (
-        ProcessPoolExecutor(max_workers=1) as artist,
-        joblib.parallel_config(backend="loky" if jobs > 1 else "sequential", n_jobs=jobs),
+    done: dict[int, list[Row]] = {}
+    drawn: dict[int, list[Path]] = {}
+    for number, found, files in tqdm(
+        finished(config, folder, numbers), desc="claims", total=len(numbers), disable=None
     ):
-        calls = joblib.Parallel(return_as="generator")(joblib.delayed(finish)(number) for number in numbers)
-        for number, found in zip(numbers, tqdm(calls, desc="claims", total=len(numbers), disable=None), strict=True):
-            drawing[number] = artist.submit(claims_page.pictures, found, config.out, suffix)
-            rows += [row | {"origin": origin} for row in found]
-        with replacing(config.out / "checks.json") as temporary:
-            temporary.write_text(json.dumps(rows, indent=1, ensure_ascii=False))
-        drawn = {number: future.result() for number, future in drawing.items()}
+        done[number], drawn[number] = [row | {"origin": origin} for row in found], files
+    rows = [row for number in numbers for row in done[number]]
+    with replacing(config.out / "checks.json") as temporary:
+        temporary.write_text(json.dumps(rows, indent=1, ensure_ascii=False))
     page = claims_page.write(rows, config.out, drawn=drawn)
     print(summary(rows).to_string(index=False))
     failed = [row for row in rows if not row["passed"]]

@@ -72,12 +72,12 @@ def test_page_and_figures(finished: tuple[Path, str]) -> None:
         assert (out / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_second_run_takes_what_is_finished(finished: tuple[Path, str], cache: Path) -> None:
+def test_a_second_run_takes_what_is_finished_by_however_many_processes(finished: tuple[Path, str], cache: Path) -> None:
     out, _ = finished
     before = json.loads((out / "checks.json").read_text())
     (unit,) = out.glob("units/*/3.json")
     unit.unlink()
-    done = run(out, cache, "--claims", "1", "3")
+    done = run(out, cache, "--claims", "1", "3", "--jobs", "1")
     assert done.returncode == 0, done.stderr
     after = json.loads((out / "checks.json").read_text())
 
