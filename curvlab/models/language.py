@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 import torch
 from filelock import FileLock
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
@@ -32,11 +33,13 @@ __all__ = [
     "embedded_record",
     "load_language_model",
     "load_stories260k",
+    "source_of",
 ]
 
 EMBEDDED: dict[str, Family] = {"embedded": "llama", "embedded-gpt2": "gpt2"}  # names of the embedded models in studies
 FORMAT = 1  # raised when models of the same recipe would come out differently
 RECORD = "curvlab.json"
+_ANY_TEXT = "Once upon a time, 2 + 2 were 4."
 _DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 _log = logging.getLogger("curvlab")
@@ -119,28 +122,31 @@ def load_language_model(
         FileNotFoundError: no such folder, or no model of this name can be had.
         ValueError: not a causal language model, no safetensors, no tokens to pad with, or an unknown dtype.
     """
-    if dtype not in _DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}; choose of {', '.join(_DTYPES)}")
-    path = Path(name_or_path).expanduser()
-    if not path.is_dir() and (path.exists() or path.is_absolute() or name_or_path.startswith((".", "~"))):
-        raise FileNotFoundError(f"{name_or_path} is no folder; give a folder written by save_pretrained, or a hub name")
-    model: Any  # transformers' own annotations of `to` do not hold
+    path, source = source_of(name_or_path, dtype)
+    model: Any  # transformers' own annotations do not hold
+    loaded: Any
     tokenizer: Any
     if (path / "stories260K.bin").is_file():
         model, tokenizer = load_stories260k(path)
         return (model if dtype == "auto" else model.to(getattr(torch, dtype))).to(device), tokenizer
-    source = str(path) if path.is_dir() else name_or_path
-    _refuse_pickles(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, use_safetensors=True, device_map="auto" if device == "auto" else None
-        )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, device_map="auto" if device == "auto" else None,
+            output_loading_info=True,
+        )  # fmt: skip
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         kind = ValueError if path.is_dir() else FileNotFoundError
         raise kind(
             f"{name_or_path} could not be loaded as a causal language model with safetensors weights: {error}"
         ) from error
+    model, report = loaded
+    if lacking := sorted(report["missing_keys"]):  # transformers would draw them at random
+        raise ValueError(f"{name_or_path} lacks {len(lacking)} of the model's weights, such as {lacking[0]}")
+    if not tokenizer(_ANY_TEXT)["input_ids"]:  # where its files are missing, transformers may make an empty one
+        raise ValueError(f"the tokenizer of {name_or_path} knows no tokens; is its tokenizer.json missing?")
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise ValueError(f"the tokenizer of {name_or_path} has neither a padding nor an end-of-text token: set one")
@@ -153,15 +159,24 @@ def load_language_model(
     return (model if device == "auto" else model.to(device)).eval(), tokenizer
 
 
-def _refuse_pickles(folder: Path) -> None:
-    if not folder.is_dir():
-        return
-    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth"))
-    if pickles and not any(folder.glob("*.safetensors")):
+def source_of(name_or_path: str, dtype: str) -> tuple[Path, str]:
+    """The folder that `name_or_path` may be, and what transformers is to load; the errors of `load_language_model`."""
+    if dtype not in _DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}; choose of {', '.join(_DTYPES)}")
+    path = Path(name_or_path).expanduser()
+    if not path.is_dir():
+        if path.exists() or path.is_absolute() or name_or_path.startswith((".", "~")):
+            raise FileNotFoundError(
+                f"{name_or_path} is no folder; give a folder written by save_pretrained, or a hub name"
+            )
+        return path, name_or_path
+    pickles = sorted(file.name for file in path.iterdir() if file.suffix in (".bin", ".pt", ".pth"))
+    if pickles and "stories260K.bin" not in pickles and not any(path.glob("*.safetensors")):
         raise ValueError(
-            f"{folder} holds its weights as pickles only ({', '.join(pickles[:3])}), which can run code when read; "
+            f"{path} holds its weights as pickles only ({', '.join(pickles[:3])}), which can run code when read; "
             "save the model again with save_pretrained, which writes safetensors"
         )
+    return path, str(path)
 
 
 def _train(world: World, family: Family, recipe: Recipe, seed: int, folder: Path) -> None:
