@@ -8,40 +8,29 @@ Llama trained on a generated world, on first use and without a network; a name o
 model. A run that was interrupted continues where it stopped when it is started again with the same arguments.
 """
 
-import copy
 import logging
 import math
 import os
 import re
 import time
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import editing_bench
 import joblib
 import pandas as pd
 import torch
 import tyro
+from editing_bench import Bench, Setup, edit_and_measure, prepare, with_kept, world_of
 from tqdm import tqdm
 
-from curvlab.batches import output_width
-from curvlab.capture import check_exact
 from curvlab.curvature.origin import weights_checksum
-from curvlab.data.edits import Request, check_requests, load_edits
-from curvlab.data.text import PLAIN, QA, encode_documents, fill, shuffled_documents
-from curvlab.data.world import World, make_world
-from curvlab.data.world_tasks import Item
-from curvlab.editing import Capability, EditedModel, default_layers, edit, editors, output_projections
-from curvlab.editing.job import longest
-from curvlab.evaluation.capability import TokenMeans, answers_right, kl_from, nll
-from curvlab.evaluation.editing import evaluate_edits, prompts_of
-from curvlab.evaluation.generation import check_prompts
-from curvlab.evaluation.intervals import Interval, bootstrap
+from curvlab.data.text import encode_documents
+from curvlab.editing import editors
 from curvlab.evaluation.tradeoff import best_at
-from curvlab.layers import Matrices, find_layers
-from curvlab.memory import human, peak
-from curvlab.models.language import EMBEDDED, embedded_model, embedded_record, load_language_model
+from curvlab.memory import human
+from curvlab.models.language import EMBEDDED
 from curvlab.records import Row, cached_rows, fingerprint, provenance, write_table
 from curvlab.refusal import refuse
 from curvlab.storage import require_writable
@@ -56,12 +45,6 @@ KNOBS = {
 CURVES = ("crispedit", "crispedit-ekfac", "crispedit-covariance", "crispedit-eps")
 STRENGTHS = {"kfac-penalty": (1e1, 1e2, 1e3), "ewc": (1e2, 1e3, 1e4), "replay": (1.0,)}
 RATIOS = (10.0, 30.0)  # of Adam-NSCL, the authors'
-# what the printed tables show; NaN of an edit that diverged
-MEASURED = (
-    "edit_success", "reliability", "generalisation", "specificity", "reliability_qa", "reliability_teacher_forced",
-    "nll", "perplexity",
-)  # fmt: skip
-LEARNT = 0.5  # held-out accuracy from which on a task counts as a capability
 
 
 @dataclass(frozen=True)
@@ -247,142 +230,13 @@ def units(config: Config, preset: Preset) -> list[Unit]:
     return sorted(found, key=lambda unit: slow.index(unit.editor) if unit.editor in slow else len(slow))
 
 
-@dataclass(frozen=True)
-class Bench:
-    """What every edit of one seed shares.
-
-    Attributes:
-        requests: the edits.
-        capability: the documents that curvature is taken on.
-        held_out: documents that the perplexity is measured on.
-        questions: by capability, what the edits should leave alone.
-        base: the unedited model, where a second copy is small.
-    """
-
-    model: Any
-    tokenizer: Any
-    layers: list[str]
-    requests: list[Request]
-    capability: Capability
-    held_out: list[str]
-    questions: dict[str, list[Item]]
-    ending: str
-    base: Any
-
-
-@lru_cache(maxsize=1)
-def world_of(config: Config, preset: Preset) -> World:
-    """The embedded world; with --data, real facts and stories are in it."""
-    return make_world(preset.size, data=config.data)
-
-
-@lru_cache(maxsize=1)
-def loaded(config: Config, preset: Preset) -> tuple[Any, Any]:
-    """The model and its tokenizer, once a process."""
-    if config.embedded:
-        model, tokenizer = embedded_model(world_of(config, preset), EMBEDDED[config.model])
-    else:
-        model, tokenizer = load_language_model(config.model, device=config.device)
-    return model.to(config.device), tokenizer  # type: ignore[arg-type]
-
-
-@lru_cache(maxsize=1)
-def prepare(config: Config, preset: Preset, seed: int) -> Bench:
-    """Requests, documents and questions of one seed."""
-    model, tokenizer = loaded(config, preset)
-    world = world_of(config, preset) if config.embedded else None
-    if config.edits == "world":
-        assert world is not None
-        requests = world.requests(preset.n_edits, seed)
-    else:
-        requests = load_edits(str(config.edits), preset.n_edits, seed=seed, data=config.folder)
-    check_requests(requests, tokenizer)
-    questions: dict[str, list[Item]] = {}
-    if config.capability is not None or world is None:
-        file = config.capability or Path(str(config.folder)) / "text" / "wikitext2_valid.txt"
-        texts = shuffled_documents(file, tokenizer, seed)
-        half = (len(texts) + 1) // 2  # one half to take curvature on, the other to measure on
-        documents = texts[:half][: preset.n_capability]
-        held_out = texts[half:][: preset.n_asked] or documents
-    if world is not None:
-        questions["recall"] = world.recall(preset.n_asked, seed, without=requests)
-        if config.capability is None:
-            # what is asked is not in the text that curvature is taken on
-            held: list[Request | Item] = [*requests, *questions["recall"]]
-            documents = world.capability(preset.n_capability, seed, without=held)
-            held_out = list(world.stories[: preset.n_asked])
-        able = embedded_record(world, EMBEDDED[config.model])  # what the model never learnt, no edit can destroy
-        questions |= {
-            f"task_{name}": items[: preset.n_asked]
-            for name, items in world.tasks.items()
-            if able[f"task_{name}"] >= LEARNT or preset.size == "tiny"
-        }
-    asked = prompts_of(requests) + [fill(QA, prompt) for prompt in prompts_of(requests[: preset.n_asked])]
-    check_prompts(model, tokenizer, asked + [item.prompt for items in questions.values() for item in items])
-    base = copy.deepcopy(model) if config.embedded else None
-    capability = Capability(documents, max_length=min(512, longest(model)), labels=config.labels, seed=seed)
-    if config.labels == "exact":
-        check_exact(max(batch.targets.shape[1] for batch in capability.batches(tokenizer)), output_width(model))
-    patterns = config.layers or (output_projections(model) if config.embedded else default_layers(model))
-    layers = [layer.name for layer in find_layers(model, list(patterns))]
-    return Bench(model, tokenizer, layers, requests, capability, held_out, questions, "." if world else "", base)
-
-
-def measure(config: Config, preset: Preset, bench: Bench) -> Row:
-    """What the model says: the edits with and without QA context, and its capabilities; intervals of 95 %.
-
-    Losses are NaN where the model's outputs are.
-    """
-    model, tokenizer = bench.model, bench.tokenizer
-    values: dict[str, list[float]] = evaluate_edits(model, tokenizer, bench.requests, template=PLAIN)
-    asked = bench.requests[: preset.n_asked]
-    in_context = evaluate_edits(model, tokenizer, asked, template=QA, teacher_forced=False)
-    values |= {f"{name}_qa": found for name, found in in_context.items()}
-    correct = {name: answers_right(model, tokenizer, pairs) for name, pairs in bench.questions.items()}
-    values |= correct
-    asked_of = [values[name] for name in ("reliability", "generalisation") if values[name]]
-    row: Row = _mean_of("edit_success", asked_of) | (_mean_of("capability", list(correct.values())) if correct else {})
-    for name, found in values.items():
-        row |= _columns(name, bootstrap(found))  # (NaN where nothing was asked)
-    room = bench.capability.max_length
-    row |= _losses("nll", nll(model, tokenizer, bench.held_out, max_length=room))
-    for name in ("nll", "nll_low", "nll_high"):
-        row[name.replace("nll", "perplexity")] = math.exp(min(row[name], 700.0))
-    if bench.base is not None:
-        row |= _losses("kl", kl_from(bench.base, model, tokenizer, bench.held_out, max_length=room))
-    if config.harness:
-        from curvlab.evaluation.harness import base_capabilities
-
-        for task, score in base_capabilities(model, tokenizer).items():
-            row |= _columns(f"harness_{task}", score.interval)
-    return row
-
-
-def _columns(name: str, interval: Interval) -> Row:
-    return {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
-
-
-def _losses(name: str, means: TokenMeans) -> Row:
-    finite = all(map(math.isfinite, means.values))
-    return _columns(name, means.interval() if finite else Interval(math.nan, math.nan, math.nan))
-
-
-def _mean_of(name: str, groups: list[list[float]]) -> Row:
-    """The mean of several measures' means with its interval; each measure is resampled, and weighs alike."""
-    size = sum(map(len, groups))
-    items = [(value, size / len(group)) for group in groups for value in group]
-    alike = len(set(map(len, groups))) == 1  # then without weights, which keeps the exact interval of equal values
-    return _columns(name, bootstrap([v for v, _ in items], weights=None if alike else [w for _, w in items]))
-
-
-def predicted(bench: Bench, moved: Matrices) -> float:
-    """½ δᵀCδ with K-FAC at θ0 (nats a capability token), to hold against the measured KL; the model is at θ0."""
-    layers = find_layers(bench.model, bench.layers)
-    if set(moved) != {name for layer in layers for name in layer.parameter_names}:
-        return math.nan  # other layers were edited, or none
-    delta = {layer.name: layer.matrix([moved[name] for name in layer.parameter_names]) for layer in layers}
-    spectrum = bench.capability.spectrum(bench.model, bench.tokenizer, bench.layers)
-    return float(spectrum.quadratic_form(delta)) / 2
+def setup_of(config: Config, preset: Preset, seed: int) -> Setup:
+    """What the edits of a seed start from."""
+    return Setup(
+        config.model, preset.size, "all" if config.edits == "world" else str(config.edits), preset.n_edits,
+        preset.n_capability, preset.n_asked, seed, capability=str(config.capability or "world"),
+        layers=config.layers, labels=config.labels, data=config.data, folder=config.folder, device=config.device,
+    )  # fmt: skip
 
 
 def options_of(config: Config, preset: Preset, unit: Unit, bench: Bench) -> dict[str, Any]:
@@ -403,72 +257,18 @@ def options_of(config: Config, preset: Preset, unit: Unit, bench: Bench) -> dict
 
 
 def run_unit(config: Config, preset: Preset, unit: Unit, origin: Row) -> list[Row]:
-    """One edit and what it did; `origin` are the columns of provenance. An edit that diverges has no measures."""
-    if config.device == "cpu":
-        torch.set_num_threads(1 if config.embedded else torch.get_num_threads())
-    bench = prepare(config, preset, unit.seed)
+    """One edit and what it did; `origin` are the columns of provenance."""
+    bench = prepare(setup_of(config, preset, unit.seed))
     knob, settings = KNOBS.get(unit.editor), options_of(config, preset, unit, bench)
-    row: Row
-    started = time.perf_counter()
-    try:
-        edited = edit(
-            bench.model, bench.tokenizer, bench.requests, editor=unit.editor, layers=bench.layers,
-            capability=bench.capability, seed=unit.seed, **settings,
-        )  # fmt: skip
-    except FloatingPointError as error:  # (the weights are put back)
-        logging.getLogger("curvlab").warning("%s, %s: %s; recorded as diverged", unit.editor, settings, error)
-        row = dict.fromkeys(MEASURED, math.nan) | {"diverged": 1, "stopped": "diverged"}
-        row |= {"edit_seconds": time.perf_counter() - started, "peak_bytes": peak(config.device)}
-        options = settings
-    else:
-        moved = edited.displacement()
-        try:
-            row = measure(config, preset, bench)
-        finally:
-            edited.undo()
-        row |= {"predicted_kl": predicted(bench, moved) if config.embedded else math.nan} | of_the_edit(edited)
-        row["diverged"] = int(not math.isfinite(cast(float, row["nll"])))
-        options = edited.options
-    row = {
+    row: Row = {
         "study": "llm_editing", "model": config.model, "editor": unit.editor,
         "gamma": unit.value if knob == "gamma" else math.nan,
         "epsilon": unit.value if knob == "epsilon" else math.nan,
         "strength": unit.value if knob in ("strength", "ratio", "lr") else math.nan,
-        "seed": unit.seed, **row,
-        "edits": config.edits, "n_edits": len(bench.requests), "n_asked": preset.n_asked,
-        "batch_size": preset.batch_size, "chunk": preset.chunk, "n_capability": len(bench.capability.documents),
-        "layers": " ".join(bench.layers), "labels": config.labels, "project": str(options.get("project", "")),
-        "lr": options.get("lr", math.nan), "device": config.device, "preset": config.preset,
+        "seed": unit.seed, **edit_and_measure(bench, unit.editor, settings, harness=config.harness),
+        "edits": config.edits, "batch_size": preset.batch_size, "chunk": preset.chunk, "preset": config.preset,
     }  # fmt: skip
     return [row | origin]
-
-
-def of_the_edit(edited: EditedModel) -> Row:
-    """How the edit went."""
-    return {
-        "edit_loss": edited.losses[-1] if edited.losses else math.nan, "stopped": edited.stopped,
-        "epochs_run": edited.counts.get("epochs", 0), "refits": edited.counts.get("refits", 0),
-        "leak": edited.counts.get("leak", math.nan), "drift": edited.drift, "edit_seconds": edited.seconds,
-        "curvature_seconds": edited.curvature_seconds, "peak_bytes": edited.peak_bytes,
-    }  # fmt: skip
-
-
-def with_kept(table: pd.DataFrame) -> pd.DataFrame:
-    """Columns capability_kept, …_low and …_high: capability as a share of the unedited model's (without tasks: e^−Δnll
-    of the held-out text, at most 1: a text that became likelier is no gain of capability). The interval is that of the
-    edited model's measure; the unedited one's value on the same items counts as exact."""
-    known = (table["editor"] == "none").any()
-    base = table[table["editor"] == "none"].set_index("seed")
-    of = table["seed"].map
-    kept = {}
-    for end, other in (("", ""), ("_low", "_high"), ("_high", "_low")):
-        if not known:
-            kept[f"capability_kept{end}"] = pd.Series(math.nan, table.index)
-        elif "capability" in table:
-            kept[f"capability_kept{end}"] = table[f"capability{end}"] / of(base["capability"])
-        else:  # the higher the loss the less is kept
-            kept[f"capability_kept{end}"] = (of(base["nll"]) - table[f"nll{other}"]).clip(upper=0.0).map(math.exp)
-    return table.assign(**kept)
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
@@ -525,16 +325,16 @@ def main(config: Config) -> None:
     try:
         drawn = {}  # of every seed, so that what cannot be run is said now, and files that changed are noticed
         for seed in reversed(preset.seeds):
-            bench = prepare(config, preset, seed)  # trains the embedded model on its first use
+            bench = prepare(setup_of(config, preset, seed))  # trains the embedded model on its first use
             drawn[seed] = [bench.requests, bench.capability.documents, bench.held_out, weights_checksum(bench.model)]
     except (FileNotFoundError, ValueError, OSError) as error:
         refuse(error)
-    world = world_of(config, preset) if config.embedded else None
+    world = world_of(bench.setup)
     data = {"dataset": world.name, "dataset_checksum": world.fingerprint} if world else {"dataset": config.model}
     tokens = sum(
         int(b.inputs["attention_mask"].sum()) for b in encode_documents(bench.tokenizer, bench.capability.documents)
     )
-    origin = data | provenance(__file__)
+    origin = data | provenance(__file__, str(editing_bench.__file__))
     todo = units(config, preset)
     if not todo:
         refuse("no edit to make: --editors, --constraint and --gammas or --epsilons leave none")

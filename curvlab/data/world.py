@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from curvlab.data.edits import Request
 from curvlab.data.text import QA, fill
@@ -82,6 +82,12 @@ class World:
         """A short hash of all that is trained on and asked."""
         items = {name: [item.document for item in items] for name, items in self.tasks.items()}
         return fingerprint({"training": self.training, "facts": self.facts, "tasks": items, "stories": self.stories})
+
+    @cached_property
+    def sources(self) -> tuple[Source, ...]:
+        """Where its facts come from, "all" among them."""
+        real = {fact.relation for fact in self.facts} & set(SETS)
+        return ("all", "generated", *(source for source in get_args(Source) if source in real))
 
     def requests(self, n: int, seed: int = 0, *, source: Source = "all", split: Split = "all") -> list[Request]:
         """`n` edits of distinct facts to other answers of the same relation.
