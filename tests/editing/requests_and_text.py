@@ -70,8 +70,13 @@ class Explicit:
         return torch.kron(self.S / self.terms, self.A / self.positions)
 
 
-def explicit(model: nn.Module, layer: str, texts: list[tuple[list[int], list[int]]]) -> Explicit:
-    """Sums at the data's labels; a text is its tokens and its targets, -100 where there is no loss."""
+def explicit(
+    model: nn.Module, layer: str, texts: list[tuple[list[int], list[int]]], positions: str = "all"
+) -> Explicit:
+    """Sums at the data's labels; a text is its tokens and its targets, -100 where there is no loss.
+
+    `positions`: "loss" leaves those out that have none.
+    """
     (of,) = find_layers(model, layer)
     module = model.get_submodule(layer)
     found = Explicit(torch.zeros(of.d_in, of.d_in).double(), torch.zeros(of.d_out, of.d_out).double(), [], 0, 0)
@@ -87,10 +92,13 @@ def explicit(model: nn.Module, layer: str, texts: list[tuple[list[int], list[int
         handle.remove()
         loss = torch.nn.functional.cross_entropy(logits, torch.tensor(targets), reduction="sum")
         a, g = seen[0].detach().double(), torch.autograd.grad(loss, seen[1])[0][0].double()
+        if positions == "loss":
+            kept = torch.tensor(targets) != -100
+            a, g = a[kept], g[kept]
         found.A += a.T @ a
         found.S += g.T @ g
         found.examples.append(g.T @ a)
-        found.positions += len(tokens)
+        found.positions += len(a)
         found.terms += sum(target != -100 for target in targets)
     return found
 

@@ -203,15 +203,16 @@ def shared(base: Explicit, rounds: list[Explicit], share: float) -> Tensor:
     return torch.kron(S, A)
 
 
-@pytest.mark.parametrize("mask_factors", [False, True])
+@pytest.mark.parametrize(("mask_factors", "positions"), [(False, "all"), (True, "all"), (True, "loss")])
 @pytest.mark.parametrize("weights", ["tokens", "share"])
 def test_rounds_merge_the_factors_of_edits_after_they_were_made(
-    weights: str, mask_factors: bool, monkeypatch: pytest.MonkeyPatch
+    weights: str, mask_factors: bool, positions: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []
     of = Constrained.of
     monkeypatch.setattr(Constrained, "of", lambda self, spectrum: seen.append(spectrum) or of(self, spectrum))
     options = {"weights": weights, "share": 0.3, "mask_factors": mask_factors, "chunk": 2}
+    options["factor_positions"] = positions
     model, layers = small()
     base = {name: explicit(model, name, document_texts(DOCUMENTS)) for name in layers}
     edited = run(model, "crispedit-seq", **options)
@@ -234,10 +235,14 @@ def test_rounds_merge_the_factors_of_edits_after_they_were_made(
         run(model, "crispedit-seq", requests=REQUESTS[: 2 * number + 2], **options)
         texts = request_texts(REQUESTS[2 * number : 2 * number + 2], mask_prompt=mask_factors)
         for name in layers:
-            parts[name].append(explicit(model, name, texts))
+            parts[name].append(explicit(model, name, texts, positions))
         if number < 2:
             model, _ = small()
     assert same(state(model), whole)
+    for count, of in (("edits_input_share", "A"), ("edits_gradient_share", "S")):
+        traces = {n: [float(getattr(part, of).trace()) for part in (base[n], *parts[n][:2])] for n in layers}
+        expected = sum(sum(found[1:]) / sum(found) for found in traces.values()) / len(layers)
+        assert edited.counts[count] == pytest.approx(expected, rel=1e-8)
 
 
 def test_each_round_stays_in_its_own_null_space() -> None:
