@@ -25,6 +25,7 @@ import tyro
 from curvlab.batches import Batch
 from curvlab.crosscheck import Report, crosscheck
 from curvlab.crosscheck.curves import curves
+from curvlab.crosscheck.formats.refusal import printable
 from curvlab.crosscheck.tables import as_markdown, as_text
 from curvlab.curvature import KFAC
 from curvlab.layers import supported_layers
@@ -134,7 +135,7 @@ def _subject(config: Config) -> tuple[Any, list[Batch] | None]:
 
 def _write(config: Config, report: Report, model: Any, batches: list[Batch] | None) -> list[Path]:
     """crosscheck.json, .md, .pdf and .png; the numbers behind the figure and where they come from beside them."""
-    title = f"Cross-check of {', '.join(map(str, config.paths))}"
+    title = printable(f"Cross-check of {', '.join(map(str, config.paths))}")
     files = [config.out / name for name in ("crosscheck.json", "crosscheck.md", "curves.json", "provenance.json")]
     reference = _reference(report, model, batches, config.seed)
     drawn = [curves(part, reference.get(part.layer), config.gamma) for part in report.parts]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from curvlab.crosscheck import spectra
+from curvlab.crosscheck.corrected import layer_values
 from curvlab.crosscheck.evidence import COARSE, asymmetry, coarse_dtype, orthonormal_defect, precision, square, usable
 from curvlab.crosscheck.extremes import guarded
 from curvlab.crosscheck.findings import Finding, Severity
@@ -24,7 +25,7 @@ def check(part: Part, gamma: float | None = None) -> list[Finding]:
     for side in BOTH:
         found += _vectors(part, side)
         found += _values(part, side)
-    return found + list(_layer_values(part))
+    return found + list(layer_values(part))
 
 
 def _unit(U: Tensor) -> float:
@@ -165,41 +166,3 @@ def _values(part: Part, side: Literal["in", "out"]) -> Iterator[Finding]:
     cause = f"stored eigenvalues differ from the factor's by {off:.2g} of the largest: they are of another factor"
     remedy = "store factor, eigenvalues and eigenvectors of one decomposition"
     yield Finding("eigenvalues", "error", subject, off, bound, cause, remedy, "eigenvalues-disagree")
-
-
-def _layer_values(part: Part) -> Iterator[Finding]:
-    """EK-FAC's corrected eigenvalues: non-negative, and laid out like W."""
-    values = part.tensor("eigenvalues")
-    if values is None or values.dim() != 2 or not usable(values) or not values.is_floating_point():
-        return
-    subject = part.subject("eigenvalues")
-    values = values.double()
-    top = max(float(values.abs().max()), 1e-300)
-    if float(values.min()) < -1e-6 * top:
-        cause = f"eigenvalues of the layer go down to {float(values.min()):.2g}: mean squares cannot be negative"
-        remedy = "accumulate squares of rotated gradients: E[(U_outᵀ g aᵀ U_in)²]"
-        yield Finding(
-            "eigenvalues", "error", subject, float(values.min()) / top, 0.0, cause, remedy, "eigenvalues-disagree"
-        )
-        return
-    inner, outer = spectra.side(part, "in"), spectra.side(part, "out")
-    if inner is None or outer is None or not (inner.ordered and outer.ordered and inner.fits and outer.fits):
-        cause = "eigenvalues of the layer, not negative"
-        yield Finding("eigenvalues", "ok", subject, float(values.min()), 0.0, cause)
-        return
-    products = torch.outer(outer.values, inner.values)
-    own = _alike(values, products)
-    turned = _alike(values.mT, products) if values.shape[0] == values.shape[1] else -1.0
-    cause = f"eigenvalues of the layer: cosine {own:.3f} with the factors' products"
-    if own > 1 - 1e-6:
-        yield Finding("eigenvalues", "ok", subject, own, None, f"{cause}: K-FAC's own")
-    elif turned > own + 0.2 or (turned > 1 - 1e-5 and 1 - own > 100 * (1 - turned)):
-        cause = f"{cause}, {turned:.3f} when transposed: rows and columns are exchanged"
-        remedy = "lay eigenvalues out like W: (d_out, d_in)"
-        yield Finding("eigenvalues", "error", subject, own, turned, cause, remedy, "transposed-eigenvalues")
-    else:
-        yield Finding("eigenvalues", "ok", subject, own, None, f"{cause}: EK-FAC's corrected ones")
-
-
-def _alike(values: Tensor, products: Tensor) -> float:
-    return float((values * products).sum() / (values.norm() * products.norm()).clamp_min(1e-300))

@@ -12,8 +12,10 @@ BITS = {torch.bfloat16: 8, torch.float16: 11}  # of a mantissa
 
 
 def usable(tensor: Tensor | None) -> bool:
-    """Whether there are numbers to judge: not empty, all finite."""
-    return tensor is not None and tensor.numel() > 0 and bool(torch.isfinite(tensor).all())
+    """Whether there are numbers to judge: not empty, real, all finite."""
+    if tensor is None or tensor.numel() == 0 or tensor.is_complex():
+        return False
+    return bool(torch.isfinite(tensor).all())
 
 
 def square(tensor: Tensor) -> bool:

@@ -11,6 +11,7 @@ from curvlab.crosscheck.evidence import usable, zeros_and_ones
 from curvlab.crosscheck.extremes import guarded
 from curvlab.crosscheck.findings import Finding, Severity
 from curvlab.crosscheck.gamma_rule import Products, Range, gamma_range, nested, threshold_room
+from curvlab.crosscheck.no_rule import no_threshold
 from curvlab.crosscheck.other_rules import of_sides
 from curvlab.crosscheck.parts import Part
 from curvlab.crosscheck.ranks import USUAL, rank_findings
@@ -158,7 +159,7 @@ def _explained(part: Part, kept: Tensor, candidates: list[Reading], gamma: float
     if reading is None or (reading.resorted and (reading.turned or reading.inverted)):  # two faults, or one other rule
         other = _other_rule(part, kept, candidates, gamma)
         if other is not None or reading is None:
-            yield other or _no_threshold(part, kept, candidates)
+            yield other or no_threshold(part, kept, candidates[0].products)
             return
     removed = reading.removed(kept)
     if reading.turned:
@@ -229,42 +230,6 @@ def _other_rule(part: Part, kept: Tensor, candidates: list[Reading], gamma: floa
         return None
     subject = part.subject("mask", "U_in", "U_out", "A", "S")
     return of_sides(candidates[0].products, outer, inner, ~kept, gamma, subject)
-
-
-def _no_threshold(part: Part, kept: Tensor, candidates: list[Reading]) -> Finding:
-    """A mask that no threshold of the eigenvalues given explains."""
-    subject = part.subject("mask", "U_in", "U_out", "A", "S")
-    wrong, energy = _misplaced(candidates[0].products, ~kept)
-    if wrong <= 1e-3 and energy <= 1e-3 and wrong * kept.numel() <= max(2.0, 1e-3 * kept.numel()):
-        cause = f"{wrong:.2%} of the entries ({energy:.2g} of the energy) are on the wrong side of any threshold"
-        remedy = "compute eigenvalues in float32 or better (no TF32, no half precision)"
-        return Finding("mask-threshold", "deviation", subject, wrong, 0.0, cause, remedy, "stale-mask")
-    measured = f"{wrong:.1%} of the entries, {energy:.1%} of the energy"
-    if nested(kept):
-        cause = f"the mask is a staircase, but of other eigenvalues: {measured} on the wrong side of the best threshold"
-        remedy = "the factors were taken again after the mask was made (or before): make both in one go"
-        return Finding("mask-threshold", "error", subject, wrong, 0.0, cause, remedy, "stale-mask")
-    if "eigenvalues" not in part.items and wrong <= 0.2:
-        cause = (
-            f"the mask is no threshold of products of eigenvalues ({measured} on the wrong side of the best one) but "
-            "close to one: most likely of EK-FAC's corrected eigenvalues, which are not among the files"
-        )
-        remedy = "give the corrected eigenvalues as well; if K-FAC was meant, the mask is of other factors"
-        return Finding("mask-threshold", "convention", subject, wrong, 0.0, cause, remedy)
-    cause = f"the mask is no threshold of the eigenvalues given: {measured} on the wrong side of the best one"
-    remedy = "make the mask again from the factors beside it"
-    return Finding("mask-threshold", "error", subject, wrong, 0.0, cause, remedy, "stale-mask")
-
-
-def _misplaced(products: Products, removed: Tensor) -> tuple[float, float]:
-    """Share of entries, and of energy, on the wrong side of the best threshold."""
-    order = products.values.flatten().argsort(descending=True)
-    taken = removed.flatten()[order]
-    wrong = (~taken).cumsum(0) + (taken.sum() - taken.cumsum(0))  # kept above, removed below
-    at = int(wrong.argmin())
-    values = products.values.flatten()[order]
-    energy = float(values[: at + 1][~taken[: at + 1]].sum() + values[at + 1 :][taken[at + 1 :]].sum())
-    return float(wrong[at]) / len(order), energy / max(products.total, 1e-300)
 
 
 def _plain(part: Part, kept: Tensor, candidates: list[Reading], gamma: float | None) -> Iterator[Finding]:

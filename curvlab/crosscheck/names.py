@@ -10,6 +10,11 @@ from curvlab.crosscheck.parts import Role
 
 Claim = Role | Literal["removed", "weight", "vectors", "values", "factor", "count", "count_out", "ignored", "bias"]
 
+# claims that leave the side open
+OPEN: dict[Claim, tuple[Role, Role]] = {
+    "factor": ("A", "S"), "vectors": ("U_in", "U_out"), "values": ("values_in", "values_out"),
+}  # fmt: skip
+
 # By the last part of a key, in small letters. "factor", "vectors" and "values" leave the side open.
 KEYS: dict[str, Claim] = {
     # the authors, K-FAC papers and libraries

@@ -20,7 +20,7 @@ def of_sides(
     what = next(_rules(outer, inner, removed, gamma), None)
     if what is None:
         return None
-    share, most = _energy(products, removed)
+    share, most = energy_of(products, removed)
     wanted = most if gamma is None else gamma
     bound = f"as many leading products hold {most:.2%}" if gamma is None else f"γ = {gamma:g} of it"
     cause = f"the mask {what}: not the γ rule on products; it removes {share:.2%} of the energy, where {bound}"
@@ -63,7 +63,7 @@ def _has_round(found: Range) -> bool:
     return any(found.holds(i / 20) for i in range(1, 20))
 
 
-def _energy(products: Products, removed: Tensor) -> tuple[float, float]:
+def energy_of(products: Products, removed: Tensor) -> tuple[float, float]:
     """Share of the energy that is removed, and that as many leading directions hold."""
     total = max(products.total, 1e-300)
     leading = products.values.flatten().topk(int(removed.sum())).values

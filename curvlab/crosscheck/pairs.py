@@ -4,17 +4,15 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from curvlab.crosscheck.findings import Finding
 from curvlab.crosscheck.parts import Item, Part, Role, Stored
+from curvlab.crosscheck.pieces import Piece
 from curvlab.layers import LayerShape
-
-if TYPE_CHECKING:
-    from curvlab.crosscheck.identify import Piece
 
 MODEL = "the model given"  # format of the model's own tensors among the files
 When = Literal["base", "edited"]
@@ -40,7 +38,7 @@ def _is_parameter(key: str) -> bool:
     return key.rsplit(".", 1)[-1] in ("weight", "bias") and "." in key
 
 
-def paired(pieces: Sequence["Piece"], layers: Mapping[str, LayerShape] | None) -> tuple[list["Piece"], list[Part]]:
+def paired(pieces: Sequence[Piece], layers: Mapping[str, LayerShape] | None) -> tuple[list[Piece], list[Part]]:
     """Weights by tensor as base and edited; unchanged ones go where nothing else of their layer is known.
 
     Returns:
@@ -92,7 +90,7 @@ def paired(pieces: Sequence["Piece"], layers: Mapping[str, LayerShape] | None) -
     return others, notes
 
 
-def _like_factors(stored: dict[str, list["Piece"]], known: set[str]) -> dict[str, list["Piece"]]:
+def _like_factors(stored: dict[str, list[Piece]], known: set[str]) -> dict[str, list[Piece]]:
     """Weights called by another ending of a layer's path than its factors take the factors' name."""
     out: dict[str, list[Piece]] = {}
     for name, own in stored.items():
@@ -114,7 +112,7 @@ def _differ(one: Tensor, other: Tensor) -> bool:
     return not torch.equal(one, other.to(one.device))
 
 
-def _whens(own: Sequence["Piece"]) -> tuple[list[When], Finding | None]:
+def _whens(own: Sequence[Piece]) -> tuple[list[When], Finding | None]:
     """Before or after, by the words of files and keys, else by order (said as an assumption)."""
     words = [_when(piece.source) for piece in own]
     given = [piece.source.startswith("the model: ") for piece in own]

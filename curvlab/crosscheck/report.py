@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from curvlab.capture import Data
 from curvlab.crosscheck import bases, conventions, factors, masks, precision, projectors, updates
 from curvlab.crosscheck.conventions import Subject
+from curvlab.crosscheck.evidence import usable
 from curvlab.crosscheck.findings import SEVERITIES, Finding, Severity, by_severity
+from curvlab.crosscheck.formats.refusal import printable
 from curvlab.crosscheck.gathering import gather
 from curvlab.crosscheck.identify import identify
 from curvlab.crosscheck.moments import LayerMoments
@@ -116,8 +118,9 @@ def crosscheck(
     findings += updates.others(parts)
     if not _checked(findings) and not unreadable:
         wanted = f" of layer {layer!r}" if layer else ""
-        cause = f"nothing{wanted} was found in {', '.join(map(str, files))} that could be checked"
-        findings.append(Finding("content", "error", ", ".join(map(str, files)), 0, 1, cause, "name other files"))
+        names = printable(", ".join(map(str, files)))
+        cause = f"nothing{wanted} was found in {names} that could be checked"
+        findings.append(Finding("content", "error", names, 0, 1, cause, "name other files"))
     return Report(tuple(by_severity(findings)), tuple(parts), tuple(unreadable))
 
 
@@ -171,7 +174,7 @@ def _check(
     moments: Mapping[str, LayerMoments],
 ) -> Iterator[Finding]:  # fmt: skip
     yield from part.assumed
-    unsound = [role for role, item in part.items.items() if not _sound(item.tensor)]
+    unsound = [role for role, item in part.items.items() if not _sound(role, item.tensor)]
     for role in unsound:
         yield _unsound(part, role)
     part = before = replace(part, items={role: item for role, item in part.items.items() if role not in unsound})
@@ -185,8 +188,8 @@ def _check(
     yield from updates.check(part, gamma, subject)
 
 
-def _sound(tensor: Tensor) -> bool:
-    return tensor.numel() > 0 and bool(torch.isfinite(tensor).all())
+def _sound(role: Role, tensor: Tensor) -> bool:
+    return usable(tensor) and (tensor.is_floating_point() or role == "mask")
 
 
 def _unsound(part: Part, role: Role) -> Finding:
@@ -195,6 +198,11 @@ def _unsound(part: Part, role: Role) -> Finding:
         cause = f"{role} has shape {tuple(tensor.shape)}: it holds no number"
         remedy = "write it again: the run that made it had no data or wrote too early"
         return Finding("content", "error", part.subject(role), 0, 1, cause, remedy, "empty-tensor")
+    if tensor.is_complex() or bool(torch.isfinite(tensor).all()):
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        cause = f"{role} holds {'complex' if tensor.is_complex() else 'whole'} numbers ({dtype}): nothing was checked"
+        remedy = "store float32 or float64: take the real part, or undo the quantisation with its scale"
+        return Finding("content", "error", part.subject(role), dtype, "real numbers", cause, remedy, "wrong-dtype")
     bad = int((~torch.isfinite(tensor)).sum())
     cause = f"{bad:,} of {tensor.numel():,} numbers of {role} are not finite"
     remedy = "find the batch whose loss overflowed (half precision, log of zero), and take the statistics again"

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from curvlab.crosscheck.formats.refusal import UnreadableFile, require_memory
 from curvlab.crosscheck.formats.stand_ins import Array
+from curvlab.crosscheck.formats.zips import RATIO, SMALL
+from curvlab.memory import human
 
 Number = int | float | str
 
@@ -16,14 +18,18 @@ DEPTH = 32  # of nesting; the formats known use three levels
 ENTRIES = 100_000  # a list that contains another ten times, which contains another ten times, … is a few bytes long
 
 
-def flatten(path: Path, content: Any) -> tuple[dict[str, Tensor], dict[str, Number]]:
+def flatten(path: Path, content: Any, size: int) -> tuple[dict[str, Tensor], dict[str, Number]]:
     """Tensors and numbers by key; a bare tensor has the key "", items of a list have their position.
 
     Tensors without dimensions are numbers. None says nothing and is left out; objects that are neither tensors nor
     numbers (dtypes, sizes) become their description.
 
+    Args:
+        size: of the file, in bytes.
+
     Raises:
-        UnreadableFile: nesting without end, two entries of one name, a tensor without plain dense data.
+        UnreadableFile: nesting without end, two entries of one name, a tensor without plain dense data, or whose data
+            are not in the file.
     """
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Number] = {}
@@ -32,7 +38,9 @@ def flatten(path: Path, content: Any) -> tuple[dict[str, Tensor], dict[str, Numb
             raise UnreadableFile(path, f"two of its entries are named {key!r}; give each its own name")
         leaf = getattr(leaf, "tensor", None) if isinstance(leaf, Array) else leaf
         if isinstance(leaf, Tensor):
-            dense = plain(path, key, leaf)
+            dense = _dense(path, key, leaf)
+            _require_real(path, key, dense, size)
+            dense = _widened(path, key, dense)
             if dense.dim() == 0:
                 numbers[key] = number(dense.item())
             else:
@@ -75,7 +83,11 @@ def plain(path: Path, key: str, tensor: Tensor) -> Tensor:
     Raises:
         UnreadableFile: sparse, quantised, nested and meta tensors, and dtypes that are no numbers.
     """
-    named = f"its tensor {key!r}" if key else "its tensor"
+    return _widened(path, key, _dense(path, key, tensor))
+
+
+def _dense(path: Path, key: str, tensor: Tensor) -> Tensor:
+    named = _named(key)
     if tensor.layout != torch.strided or tensor.is_nested:
         layout = "a nested tensor" if tensor.is_nested else f"stored as {tensor.layout}"
         raise UnreadableFile(path, f"{named} is {layout}; save it dense (tensor.to_dense())")
@@ -83,7 +95,15 @@ def plain(path: Path, key: str, tensor: Tensor) -> Tensor:
         raise UnreadableFile(path, f"{named} is quantised ({tensor.dtype}); save it as floats (tensor.dequantize())")
     if tensor.is_meta:
         raise UnreadableFile(path, f"{named} is a meta tensor: a shape without numbers; save it from a real device")
-    tensor = tensor.detach().resolve_conj().resolve_neg()
+    return tensor.detach().resolve_conj().resolve_neg()
+
+
+def _named(key: str) -> str:
+    return f"its tensor {key!r}" if key else "its tensor"
+
+
+def _widened(path: Path, key: str, tensor: Tensor) -> Tensor:
+    named = _named(key)
     if tensor.dtype in PLAIN:
         return tensor
     wider = WIDER.get(tensor.dtype)
@@ -91,6 +111,20 @@ def plain(path: Path, key: str, tensor: Tensor) -> Tensor:
         raise UnreadableFile(path, f"{named} has dtype {tensor.dtype}; save it as float32 or float64")
     require_memory(path, tensor.numel() * wider.itemsize, named)
     return tensor.to(wider)
+
+
+def _require_real(path: Path, key: str, tensor: Tensor, size: int) -> None:
+    """Numbers that stand in the file, and no shape that they cannot fill."""
+    named = _named(key)
+    storage = tensor.untyped_storage()
+    if storage.resizable() and storage.nbytes() > size:  # allocated by the pickle, not read
+        raise UnreadableFile(path, f"the numbers of {named} are not in the file: damaged or made up")
+    needed = tensor.numel() * tensor.itemsize
+    if needed > storage.nbytes():  # expanded: as large as its shape when computed with
+        if needed > SMALL and needed > RATIO * storage.nbytes():
+            wrong = f"{named} claims {human(needed)} by repeating {human(storage.nbytes())}: made up; save it in full"
+            raise UnreadableFile(path, wrong)
+        require_memory(path, needed, named)
 
 
 def leaves(path: Path, content: Any) -> Iterator[tuple[str, Any]]:

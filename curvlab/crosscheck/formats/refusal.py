@@ -13,7 +13,7 @@ class UnreadableFile(ValueError):
     """
 
     def __init__(self, path: Path, wrong: str) -> None:
-        super().__init__(_one_line(f"{path}: {wrong}"))
+        super().__init__(printable(f"{path}: {wrong}"))
         self.path = path
 
 
@@ -35,6 +35,6 @@ def require_memory(path: Path, needed: int, what: str) -> None:
         raise UnreadableFile(path, f"{what} would take {human(needed)} of memory, {human(free)} are free")
 
 
-def _one_line(text: str) -> str:
+def printable(text: str) -> str:
     """Without line breaks and other unprintable characters, which file names may hold."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from torch import Tensor
 from torch._weights_only_unpickler import Unpickler, get_globals_in_pkl
 
 from curvlab.crosscheck.formats import curvlinops_files
 from curvlab.crosscheck.formats.nested import flatten
 from curvlab.crosscheck.formats.refusal import UnreadableFile, first_line, require_memory
 from curvlab.crosscheck.formats.stand_ins import stand_ins
-from curvlab.crosscheck.formats.zips import RATIO, SMALL, opened
+from curvlab.crosscheck.formats.zips import opened
 from curvlab.crosscheck.parts import Stored
 from curvlab.memory import human
 
@@ -55,11 +54,9 @@ def read_zip(path: Path) -> Stored:
             require_memory(path, path.stat().st_size, "it")
             with path.open("rb") as file:
                 content = torch.load(file, map_location="cpu", weights_only=True)
-    tensors, numbers = flatten(path, content)
+    tensors, numbers = flatten(path, content, path.stat().st_size)
     with opened(path) as archive, _refusing(path):
         _require_own_bytes(path, archive, pickled)
-    for key, tensor in tensors.items():
-        _require_real(path, key, tensor, path.stat().st_size)
     return curvlinops_files.by_role(Stored(path, "torch zip", tensors, numbers))
 
 
@@ -76,9 +73,7 @@ def read_legacy(path: Path) -> Stored:
             _require_known(path, file)
         file.seek(0)
         content = torch.load(file, map_location="cpu", weights_only=True)
-    tensors, numbers = flatten(path, content)
-    for key, tensor in tensors.items():
-        _require_real(path, key, tensor, size)
+    tensors, numbers = flatten(path, content, size)
     return curvlinops_files.by_role(Stored(path, "torch legacy", tensors, numbers))
 
 
@@ -173,17 +168,3 @@ def _require_own_bytes(path: Path, archive: zipfile.ZipFile, pickled: io.BytesIO
         if claimed > held:
             wrong = f"its storage {key} claims {human(claimed)} where the file holds {human(held)}: damaged or made up"
             raise UnreadableFile(path, wrong)
-
-
-def _require_real(path: Path, key: str, tensor: Tensor, size: int) -> None:
-    """Numbers that stand in the file, and no shape that they cannot fill."""
-    named = f"its tensor {key!r}" if key else "its tensor"
-    storage = tensor.untyped_storage()
-    if storage.resizable() and storage.nbytes() > size:  # allocated by the pickle, not read
-        raise UnreadableFile(path, f"the numbers of {named} are not in the file: damaged or made up")
-    needed = tensor.numel() * tensor.itemsize
-    if needed > storage.nbytes():  # expanded: as large as its shape when computed with
-        if needed > SMALL and needed > RATIO * storage.nbytes():
-            wrong = f"{named} claims {human(needed)} by repeating {human(storage.nbytes())}: made up; save it in full"
-            raise UnreadableFile(path, wrong)
-        require_memory(path, needed, named)
