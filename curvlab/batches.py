@@ -55,7 +55,7 @@ def split(data: Data, micro_batch: int | None = None, model: nn.Module | None = 
         batch = _padding_last(as_batch(item))
         if keeps_cache and isinstance(batch.inputs, dict):
             batch = replace(batch, inputs={**batch.inputs, "use_cache": False})
-        size = micro_batch or _examples_at_once(batch.targets, width)
+        size = micro_batch or examples_at_once(_positions(batch.targets), width)
         for start in range(0, len(batch), size):
             empty = False
             yield batch[start : start + size]
@@ -117,12 +117,16 @@ def output_width(model: nn.Module) -> int | None:
     return None if weight is None else int(weight.shape[0])
 
 
-def _examples_at_once(targets: Tensor, width: int | None) -> int:
-    positions = targets.shape[1] if targets.dim() > 1 + targets.is_floating_point() else 1
+def examples_at_once(positions: int, width: int | None) -> int:
+    """Examples of one forward pass, of so many positions each, with `width` outputs at each (None: not known)."""
     size = min(MICRO_BATCH, MICRO_POSITIONS // max(positions, 1))
     if width is not None:
         size = min(size, MICRO_OUTPUT_BYTES // max(4 * positions * width, 1))
     return max(size, 1)
+
+
+def _positions(targets: Tensor) -> int:
+    return targets.shape[1] if targets.dim() > 1 + targets.is_floating_point() else 1
 
 
 def count_examples(data: Data) -> int | None:

@@ -222,7 +222,7 @@ def passes(
     with _frozen(model), progress(examples, desc, count_examples(data)) as bar:
         for number, batch in enumerate(split(data, micro_batch, model)):
             if select is None or select(number, batch):
-                needed = _output_bytes(batch, width, layers[0].parameters()[0].dtype)
+                needed = output_bytes(batch.targets.shape[:2], width, layers[0].parameters()[0].dtype)
                 if needed > announced:
                     announce(f"{desc}: outputs of a pass", needed, "a smaller micro_batch", device_of(model))
                     announced = needed
@@ -232,12 +232,12 @@ def passes(
             start += len(batch)
 
 
-def _output_bytes(batch: Batch, width: int | None, dtype: torch.dtype) -> int:
-    """Outputs, the vectors v (both in the model's dtype), and the pieces of them in higher precision."""
-    if width is None or batch.targets.dim() < 2:
+def output_bytes(shape: Sequence[int], width: int | None, dtype: torch.dtype) -> int:
+    """Outputs of a pass over (N, T) positions, the vectors v (both in the model's dtype), and their wider pieces."""
+    if width is None or len(shape) < 2:
         return 0
-    shape = (*batch.targets.shape[:2], width)
-    return 2 * bytes_of(*shape, dtype=dtype) + 3 * min(PIECE_BYTES, bytes_of(*shape, dtype=torch.float64))
+    whole = (*shape, width)
+    return 2 * bytes_of(*whole, dtype=dtype) + 3 * min(PIECE_BYTES, bytes_of(*whole, dtype=torch.float64))
 
 
 def run(model: Callable[..., Any], inputs: Any) -> Tensor:

@@ -62,7 +62,7 @@ def _round(job: Job, options: LoRA, **how: Any) -> None:
     from peft import AdaLoraConfig, LoraConfig, TaskType, get_peft_model
 
     modules = list(options.modules) or _projections(job.model)
-    layers = find_layers(job.model, [f"*.{name}" for name in modules])
+    layers = find_layers(job.model, _patterns(modules))
     job.matrix_layers([layer.name for layer in layers])
     requests = how.get("requests", job.requests)
     common: dict[str, Any] = {
@@ -104,6 +104,19 @@ def _round(job: Job, options: LoRA, **how: Any) -> None:
         finally:
             job.model.generation_config = generation
             vars(job.model).pop("peft_config", None)
+
+
+def adapted(model: nn.Module) -> list[str]:
+    """Patterns of the layers that are adapted by default.
+
+    Raises:
+        ValueError: a model whose attention has none of the known projections.
+    """
+    return _patterns(_projections(model))
+
+
+def _patterns(modules: list[str]) -> list[str]:
+    return [f"*.{name}" for name in modules]
 
 
 def _projections(model: nn.Module) -> list[str]:
