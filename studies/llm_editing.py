@@ -28,6 +28,7 @@ from tqdm import tqdm
 from curvlab.curvature.origin import weights_checksum
 from curvlab.data.text import encode_documents
 from curvlab.editing import editors
+from curvlab.editing.footprint import Plan, announced
 from curvlab.evaluation.tradeoff import best_at
 from curvlab.memory import human
 from curvlab.models.language import EMBEDDED
@@ -323,11 +324,14 @@ def main(config: Config) -> None:
     started = time.perf_counter()
     config, preset = resolve(config)
     try:
+        if not config.embedded:  # before weights are read
+            plan = Plan(preset.editors, preset.n_edits, preset.batch_size, project=config.project)
+            print(f"{config.model}: {announced(config.model, config.layers, plan, config.device)}", flush=True)
         drawn = {}  # of every seed, so that what cannot be run is said now, and files that changed are noticed
         for seed in reversed(preset.seeds):
             bench = prepare(setup_of(config, preset, seed))  # trains the embedded model on its first use
             drawn[seed] = [bench.requests, bench.capability.documents, bench.held_out, weights_checksum(bench.model)]
-    except (FileNotFoundError, ValueError, OSError) as error:
+    except (FileNotFoundError, ValueError, OSError, MemoryError) as error:
         refuse(error)
     world = world_of(bench.setup)
     data = {"dataset": world.name, "dataset_checksum": world.fingerprint} if world else {"dataset": config.model}
