@@ -8,11 +8,13 @@ from torch import Tensor
 from curvlab.crosscheck import causes
 from curvlab.crosscheck.findings import Finding
 from curvlab.crosscheck.gathering import gather
+from curvlab.crosscheck.layout import IGNORED, PADDING
 from curvlab.crosscheck.locate import locate
 from curvlab.crosscheck.moments import LayerMoments
+from curvlab.crosscheck.outcome import Outcome
 from curvlab.crosscheck.outcome import outcome as outcome_of
 from curvlab.crosscheck.parts import Part
-from curvlab.crosscheck.structures import Side
+from curvlab.crosscheck.structures import Fit, Side
 from curvlab.crosscheck.subject import Subject
 from curvlab.crosscheck.tally import count, scale
 
@@ -70,6 +72,7 @@ def check(
     outcomes = {side: outcome_of(part, side, X.double(), layer_moments, subject) for side, X in stored.items()}
     if "A" in outcomes and outcomes["A"].fit is None:  # other data or weights: that draws may be theirs says nothing
         outcomes = {side: own if own.certain else replace(own, fit=None, findings=[]) for side, own in outcomes.items()}
+    outcomes = _of_like_positions(outcomes, layer_moments)
     contradicted: list[Finding] = []
     if not all(own.certain for own in outcomes.values()):
         contradicted = causes.contradict(part, subject, name, outcomes, all_layers, seed)
@@ -82,6 +85,23 @@ def check(
     if not contradicted:
         findings += scale(part, outcomes, layer_moments)
     return findings + count(part, layer_moments, any(own.fit is not None for own in outcomes.values()))
+
+
+def _of_like_positions(outcomes: Mapping[Side, Outcome], moments: LayerMoments) -> dict[Side, Outcome]:
+    """Draws of labels count the positions with a loss that A is known to count; another choice only looks alike."""
+    A = outcomes.get("A")
+    if A is None or A.fit is None or not A.certain or not moments.flagged:
+        return dict(outcomes)
+
+    def with_loss(fit: Fit) -> set[int]:
+        return {c for c in moments.sets[fit.structure.positions] if not c & (IGNORED | PADDING)}
+
+    own = with_loss(A.fit)
+    return {
+        side: one if one.certain or (one.fit is not None and with_loss(one.fit) == own)
+        else replace(one, fit=None, findings=[])
+        for side, one in outcomes.items()
+    }  # fmt: skip
 
 
 def _bases(part: Part) -> tuple[Tensor, Tensor] | None:

@@ -17,6 +17,7 @@ NEARER = 0.8  # of the distance of the nearest unrelated matrix; half way would 
 TYPICAL = 1.5  # times the farthest of our draws: as another draw may be, where nothing is told
 RIDGE = 0.01  # of the mean eigenvalue, added where directions are weighted alike
 LIFT = 0.02  # of the mean eigenvalue: less of a multiple of I is not looked for in a draw
+TINY = 1e-6  # of the largest entry: smaller ones may vanish in storage
 DRAWN = 3.0  # spreads beyond which no draw lies, however far unrelated matrices are
 
 
@@ -78,8 +79,8 @@ def _judged(X: Tensor, structure: Structure, draws: list[Tensor], moments: Layer
     mean = total / len(draws)
     c, residual = compare(X, mean)
     spread = max(r for _, r in own)
-    if residual > DRAWN * spread or c <= 0:
-        return None
+    if residual > DRAWN * spread or c <= 0 or bool(((X == 0) & (mean.abs() > TINY * mean.abs().max())).any()):
+        return None  # no sum of products over many positions is exactly zero where ours are not
     unrelated = _unrelated(mean, structure.side)
     limit, told = _limit(spread, [compare(Z, mean)[1] for Z in unrelated])
     if residual > limit:

@@ -35,7 +35,8 @@ def resolve(part: Part, layer: LayerShape | None) -> Part:
 
 
 def _sizes(part: Part, roles: Iterable[Role]) -> list[int]:
-    return [part.items[r].tensor.shape[0] for r in roles if r in part.items and part.items[r].tensor.numel() > 0]
+    tensors = [part.items[role].tensor for role in roles if role in part.items]
+    return [len(tensor) for tensor in tensors if tensor.dim() > 0 and tensor.numel() > 0]
 
 
 def _shape(part: Part, layer: LayerShape | None) -> tuple[int, int] | None:
