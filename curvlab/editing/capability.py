@@ -56,6 +56,16 @@ class Capability:
         """The documents, encoded."""
         return encode_documents(tokenizer, self.documents, max_length=self.max_length, batch_size=self.batch_size)
 
+    def check(self, tokenizer: Any, room: int | None) -> None:
+        """Refuse documents that, cut at `max_length`, are longer than the `room` of a model; None is no limit."""
+        if room is None or self.max_length <= room:
+            return
+        longest = max(batch.targets.shape[1] for batch in self.batches(tokenizer))
+        if longest > room:
+            raise ValueError(
+                f"documents of {longest} tokens, but the model takes {room}: Capability(…, max_length={room})"
+            )
+
     def fit(
         self,
         model: nn.Module,

@@ -244,7 +244,7 @@ def edit(
 
     Raises:
         ValueError: an unknown editor or option, options that make no sense, requests that cannot be encoded, are
-            empty, duplicate or contradictory: before anything is changed.
+            empty, duplicate or contradictory, or documents longer than the model takes: before anything is changed.
         FloatingPointError: a loss that is not finite; the model is then as it was.
     """
     known = editors()
@@ -262,8 +262,11 @@ def edit(
         settings.check(tokenizer, requests, longest(model))
     choose = getattr(settings, "default_layers", default_layers)
     targets = [layer.name for layer in find_layers(model, layers if layers is not None else choose(model))]
-    if capability is not None and not isinstance(capability, Capability):
-        capability = Capability(capability, seed=seed)
+    room = getattr(model.config, "max_position_embeddings", None)
+    if isinstance(capability, Capability):
+        capability.check(tokenizer, room)
+    elif capability is not None:
+        capability = Capability(capability, max_length=min(512, room or 512), seed=seed)
     job = Job(model, tokenizer, list(requests), targets, capability, seed, editor)
     device = device_of(model)
     if device.type == "cuda":
@@ -305,7 +308,7 @@ def edit(
     )
 
 
-OUTPUT_PROJECTIONS = ("mlp.down_proj", "mlp.c_proj", "mlp.dense_4h_to_h", "fc2")
+OUTPUT_PROJECTIONS = ("mlp.down_proj", "mlp.c_proj", "mlp.dense_4h_to_h", "mlp.fc_out", "fc2")
 
 
 def output_projections(model: nn.Module) -> list[str]:

@@ -84,14 +84,14 @@ def explicit(
         seen: list[Tensor] = []
 
         def remember(module: nn.Module, args: Any, output: Tensor, seen: list[Tensor] = seen) -> Tensor:
-            seen.extend([args[0][0], output := output.detach().requires_grad_()])
-            return output
+            seen.extend([args[0].reshape(-1, of.d_in), output := output.detach().requires_grad_()])
+            return output.clone()  # (Falcon adds to it in place)
 
         handle = module.register_forward_hook(remember)
         logits = model(input_ids=torch.tensor([tokens])).logits[0]
         handle.remove()
         loss = torch.nn.functional.cross_entropy(logits, torch.tensor(targets), reduction="sum")
-        a, g = seen[0].detach().double(), torch.autograd.grad(loss, seen[1])[0][0].double()
+        a, g = seen[0].detach().double(), torch.autograd.grad(loss, seen[1])[0].reshape(-1, of.d_out).double()
         if positions == "loss":
             kept = torch.tensor(targets) != -100
             a, g = a[kept], g[kept]
