@@ -27,7 +27,8 @@ def on_fitted_targets(
     the asked values; every target is the label that the model finds likeliest, so that all can be fitted. The bias
     is joined to the layer: an example whose units are all dead has a loss but no gradient in the weights alone. What
     counts are the examples whose margin t m is within a few units of the least; as t grows they become fewer, which
-    moves the exponents by a few units over t m = ln(1/loss): the bound is 2/ln(1/loss) at the first loss.
+    moves the exponents by a few units over t m = ln(1/loss): the bound is 2/ln(1/loss) at the first loss. In float64,
+    whatever the model's dtype: single precision has no such losses.
 
     Control: the empirical Fisher is claimed to vanish as the GGN does.
 
@@ -35,7 +36,7 @@ def on_fitted_targets(
         layer: the model's last.
         losses: mean losses to scale the logits to.
     """
-    model = copy.deepcopy(model)
+    model = copy.deepcopy(model).double()
     (last,) = find_layers(model, layer)
     W = last.matrix().clone()
     module: Any = last.module
@@ -51,7 +52,7 @@ def on_fitted_targets(
         return float(values.mean())
 
     with torch.no_grad():
-        fitted = [(x, model(x).argmax(-1)) for x, _ in data]
+        fitted = [(x, model(x).argmax(-1)) for x, _ in _double(data)]
     reached, G, E = [], [], []
     for target in losses:
         t = _bisect(scale, target)
@@ -76,7 +77,7 @@ def while_fitting_targets(
 
     As for scaled logits, but the weights grow as well. In a network that is homogeneous of degree D the margin m =
     ln(1/loss) grows as ‖θ‖^D and JJᵀ as ‖θ‖^(2D − 2), that is as m^(2 − 2/D): it moves both exponents by less than
-    2/m. The bound is 2/m at the first loss.
+    2/m. The bound is 2/m at the first loss. In float64, whatever the model's dtype.
 
     Control: the empirical Fisher is claimed to vanish as the GGN does.
 
@@ -85,7 +86,7 @@ def while_fitting_targets(
         losses: where on the way both matrices are looked at.
         lr, steps: of full-batch Adam.
     """
-    model = copy.deepcopy(model).requires_grad_()
+    model, data = copy.deepcopy(model).double().requires_grad_(), _double(data)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     todo, reached, G, E = sorted(losses, reverse=True), [], [], []
     count = sum(len(y) for _, y in data)
@@ -119,6 +120,10 @@ def _vanishing(reached: list[float], G: list[float], E: list[float]) -> Findings
         ],
         {"loss": reached, "tr G": G, "tr F_emp": E, "exponents": [linear, quadratic]},
     )
+
+
+def _double(data: Any) -> list[tuple[Tensor, Tensor]]:
+    return [(x.double() if x.is_floating_point() else x, y) for x, y in data]
 
 
 def _terms(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,19 +21,20 @@ GAMMAS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999)
 
 @claim(9, "ours")
 def approximate_null_spaces_nest(
-    model: nn.Module, loss: Loss, data: Any, layer: str, *, gammas: Sequence[float] = GAMMAS, should: bool = False
+    model: nn.Module, loss: Loss, data: Any, layer: str, *, gammas: Sequence[float] = GAMMAS, should: bool | None = None
 ) -> Findings:
     """The γ-null space of the covariance lies in that of K-FAC, and that in the GGN's, as their exact null spaces do.
 
     It does not follow: γ cuts each spectrum at its own level, and what one of them counts among the small need not
     be small for another. The smallest counterexample is A = diag(0.7, 0.3), S = diag(0.9, 0.1) and γ = 0.65: the
     covariance removes the first input, K-FAC the products 0.63 and 0.27, of which the second belongs to the second
-    input. Measured is the largest share outside, over γ; γ at which a null space is empty are left out.
+    input. Measured is the largest share outside, over γ; γ at which a null space is empty are left out. They do nest
+    where K-FAC is exact and S proportional to the identity (the last layer under squared error), or A of rank one.
 
     Control: a random subspace in the place of the covariance's.
 
     Args:
-        should: whether the nesting is expected (it is on no model where the cuts fall differently).
+        should: whether the nesting is expected; None: a result either way.
     """
     spectra = {name: fitted(name, model, loss, data, layer) for name in ("covariance", "kfac", "ggn")}
     bound = max(_bound(spectrum) for spectrum in spectra.values())
@@ -86,8 +87,8 @@ def overlap_is_the_share(
 
     That is the mean squared cosine of their principal angles. The library has it from the removed eigenvectors;
     here it is computed with projectors in full, cut from matrices in full, for all ordered pairs of the five
-    curvatures. A cut between eigenvalues that rounding could exchange, or an energy within rounding of γ, is left
-    out: there the two computations may rightly differ.
+    curvatures. A cut between eigenvalues that rounding could exchange, or could tie, or an energy within rounding of
+    γ, is left out: there the two computations may rightly differ.
 
     Control: the share outside instead.
     """
@@ -95,10 +96,11 @@ def overlap_is_the_share(
     spectra = {name: spectrum for name, spectrum, _ in found}
     plain = {name: _Plain.of(C) for name, _, C in found}
     tolerance = math.sqrt(max(_bound(spectrum) for spectrum in spectra.values()))
+    eps = max(torch.finfo(spectrum.blocks[0].basis.like.dtype).eps for spectrum in spectra.values())
     errors, by_angles, wrong, series = [], [], [], []
     for gamma in gammas:
         nulls = {name: spectrum.null_space(gamma) for name, spectrum in spectra.items()}
-        cuts = {name: c for name, own in plain.items() if (c := own.cut(gamma, tolerance)) is not None}
+        cuts = {name: c for name, own in plain.items() if (c := own.cut(gamma, tolerance, eps)) is not None}
         for one, (P1, _) in cuts.items():
             kept = round(float(P1.trace()))
             for two, (P2, removed) in cuts.items():
@@ -143,8 +145,8 @@ class _Plain:
         order = values.abs().argsort(descending=True)
         return cls(values.abs()[order], vectors[:, order])
 
-    def cut(self, gamma: float, tolerance: float) -> tuple[Tensor, Tensor] | None:
-        """P_γ and the removed eigenvectors; None where rounding decides about the cut."""
+    def cut(self, gamma: float, tolerance: float, eps: float) -> tuple[Tensor, Tensor] | None:
+        """P_γ and the removed eigenvectors; None where rounding, in units of `eps`, decides about the cut."""
         total, largest = float(self.values.sum()), float(self.values[0])
         if total == 0:
             return None
@@ -152,6 +154,8 @@ class _Plain:
         k = int((energy < gamma).sum())
         removed = self.values >= self.values[k] - tolerance**2 * largest
         n = int(removed.sum())
+        if float(self.values[k] - self.values[n - 1]) > 8 * eps * largest:  # maybe equal, maybe not
+            return None
         gap = float(self.values[n - 1] - self.values[n]) / largest if n < len(removed) else 1.0
         if gap < tolerance or float((energy - gamma).abs().min()) < tolerance**2:
             return None

@@ -1,5 +1,6 @@
 """Claim 1 (Prop. 1): what the inputs cannot see, the Gauss–Newton matrix cannot see."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -76,11 +77,12 @@ def inclusion_strict_or_equal(model: nn.Module, data: Any, layer: str, *, classe
     excess, dims = {}, {}
     for name, loss in (("squared error", SquaredError()), ("cross-entropy", CrossEntropy())):
         batches = [(x, _targets(model, x, name, classes, seed)) for x, _ in data]
-        null, rank = _unseen(model, last, batches)
+        dense = GaussNewton.fit(model, loss, batches, layer).dense("rows")
+        tolerance = roundoff(dense.dtype, last.size)
+        null, rank = _unseen(model, last, batches, math.sqrt(tolerance))  # eigenvalues of A are squares
         if not rank:  # no input at all: both null spaces are everything
             return Findings([])
-        dense = GaussNewton.fit(model, loss, batches, layer).dense("rows")
-        range_, _ = explicit.range_and_null(dense, roundoff(dense.dtype, last.size))
+        range_, _ = explicit.range_and_null(dense, tolerance)
         nullity = last.size - range_.shape[1]
         dims[name] = {"null of the inputs": last.d_out * null.shape[1], "null of the GGN": nullity, "rank A": rank}
         excess[name] = float(nullity - last.d_out * null.shape[1])
@@ -121,11 +123,17 @@ def unseen_updates_change_nothing(
     return Findings(cases)
 
 
-def _unseen(model: nn.Module, layer: MatrixLayer, data: Any) -> tuple[torch.Tensor, int]:
-    """Directions that no input of the layer has a component in (columns, float64), and the rank of the inputs."""
+def _unseen(
+    model: nn.Module, layer: MatrixLayer, data: Any, tolerance: float | None = None
+) -> tuple[torch.Tensor, int]:
+    """Directions that no input of the layer has a component in (columns, float64), and the rank of the inputs.
+
+    Singular values up to `tolerance` times the largest count as zero; None: up to rounding in float64.
+    """
+    small = roundoff(torch.float64, layer.d_in) if tolerance is None else tolerance
     a = explicit.layer_inputs(model, layer, data).double()
     _, values, vectors = torch.linalg.svd(a, full_matrices=True)
-    rank = int((values > roundoff(torch.float64, layer.d_in) * float(values.max())).sum())
+    rank = int((values > small * float(values.max())).sum())
     return vectors[rank:].mT, rank
 
 
