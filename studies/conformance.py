@@ -135,7 +135,7 @@ def _compatible(one: str, other: str) -> bool:
     a, b = FAULTS[one], FAULTS[other]
     hiding = {"not-finite", "empty-tensor", "mismatched-shapes", "other-layer", "stale-factors", "stale-mask"}
     hiding |= {"asymmetric-factor", "indefinite-factor", "mask-all-kept", "mask-all-removed"}
-    hiding |= {"bfloat16-factors", "transposed-eigenvectors"}
+    hiding |= {"bfloat16-factors", "float8-factors", "wrong-dtype", "no-count", "transposed-eigenvectors"}
     # what lies outside of a mask that is wrong itself, or of rounded eigenvectors, says little
     if {a.stage, b.stage} == {"cache", "update"} or {one, other} == {"bfloat16-eigenvectors", "update-adam-leak"}:
         return False

@@ -3,12 +3,16 @@
 Every measure costs a few products with a handful of columns, so that layers of 14336 inputs are told apart in seconds.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 PROBES = 64  # columns looked at; all of them where there are few
 COARSE = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
 BITS = {torch.bfloat16: 8, torch.float16: 11}  # of a mantissa
+EIGHT_BITS = {"float8_e5m2": 0.25, "float8_e4m3": 0.125}  # relative steps: 2 and 3 bits of mantissa are stored
+LEVELS = 12  # different values that whole numbers would not have: fewer come by chance
 
 
 def usable(tensor: Tensor | None) -> bool:
@@ -43,6 +47,42 @@ def _short_by_nature(values: Tensor, bits: int) -> bool:
         return True
     grid = torch.ldexp((whole & -whole).double(), exponent).min()  # in units of 2^-bits
     return float(values.double().abs().max() / grid) <= 1.0
+
+
+def eight_bits(tensor: Tensor) -> str | None:
+    """The 8-bit float whose digits all values have, up to powers of two; None for others and for whole numbers.
+
+    Readers widen such tensors, so that their dtype no longer tells.
+    """
+    if not tensor.is_floating_point():
+        return None
+    values = tensor.flatten()[:: max(1, tensor.numel() // 100_000)].double().abs().unique()
+    mantissa, exponent = torch.frexp(values[values > 0])
+    for name, unit in EIGHT_BITS.items():
+        whole = mantissa * (2 / unit)  # with the leading bit: 4 to 8, or 8 to 16
+        if len(whole) < LEVELS or bool((whole != whole.round()).any()):
+            continue
+        units = whole.long()
+        grid = float(torch.ldexp((units & -units).double() * (unit / 2), exponent).min())
+        beyond = int((values > 2 / unit * grid).sum())  # where whole numbers on that grid would need more digits
+        return name if beyond >= LEVELS and len(units.unique()) * unit > 0.5 else None
+    return None
+
+
+def as_short(tensor: Tensor, example: Tensor) -> Tensor:
+    """The tensor with no more digits than `example` has."""
+    coarse, short = coarse_dtype(example), eight_bits(example)
+    if short is not None:
+        scale = power_of_two(tensor) / 128  # into the range of the dtype
+        dtype = torch.float8_e5m2 if short == "float8_e5m2" else torch.float8_e4m3fn
+        return (tensor.double() / scale).to(dtype).to(tensor.dtype) * scale
+    return tensor if coarse is None else tensor.to(coarse)
+
+
+def power_of_two(C: Tensor) -> float:
+    """The largest entry's, by which dividing is exact; 1 for zeros."""
+    top = float(C.abs().max())
+    return 2.0 ** max(math.frexp(top)[1] - 1, -1022) if top > 0 else 1.0
 
 
 def precision(tensor: Tensor) -> float:

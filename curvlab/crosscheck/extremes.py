@@ -5,10 +5,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import wraps
 
-from curvlab.crosscheck.evidence import usable
+from curvlab.crosscheck.evidence import power_of_two, usable
 from curvlab.crosscheck.findings import Finding
 from curvlab.crosscheck.parts import Item, Part, Role
-from curvlab.crosscheck.spectra import power_of_two
 
 SAFE = 1e100  # sums of squares and products of two factors stay within float64
 SIDES: tuple[tuple[Role, Role], ...] = (("A", "values_in"), ("S", "values_out"))

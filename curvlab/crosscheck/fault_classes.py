@@ -137,6 +137,10 @@ _choice(
     "float32-accumulation", "A million tokens were added one by one to float32 sums, which lost digits.",
     VISIBLE, CACHED, "authors", float32=True,
 )  # fmt: skip
+_choice(
+    "damped-factor", "A twentieth of the mean eigenvalue was added to every eigenvalue (damping).",
+    VISIBLE, CACHED, damping=0.05,
+)  # fmt: skip
 _choice("stale-factors", "The weights have moved by a fifth since the factors were taken.", ERROR, FACTORED, drift=0.2)
 _choice("other-layer", "The factors are those of another layer of the same shape.", ERROR, FACTORED, other_layer=True)
 

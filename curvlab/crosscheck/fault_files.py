@@ -1,5 +1,6 @@
 """Fault classes of how things are stored: swapped, transposed, rounded, damaged."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from curvlab.crosscheck.artefacts import File, Files, Run
-from curvlab.crosscheck.fault_classes import CACHED, ERROR, FACTORED, MOMENTS, NAMED, VISIBLE, coin, fault
+from curvlab.crosscheck.fault_classes import CACHED, ERROR, FACTORED, MOMENTS, NAMED, VISIBLE, NoDifference, coin, fault
 
 
 def _edited(files: Files, changes: dict[str, Callable[[Tensor], Tensor]]) -> Files:
@@ -80,6 +81,36 @@ def _bf16_vectors(run: Run, files: Files) -> Files:
        NAMED, "files", FACTORED + MOMENTS)  # fmt: skip
 def _bf16_factors(run: Run, files: Files) -> Files:
     return _rounded(run, INPUT + OUTPUT, files)
+
+
+@fault("float8-factors", "Factors went through 8-bit floats, which leave three bits of every number.",
+       VISIBLE, "files", FACTORED + MOMENTS)  # fmt: skip
+def _f8_factors(run: Run, files: Files) -> Files:
+    def rounded(t: Tensor) -> Tensor:
+        scale = 2.0 ** (8 - math.frexp(float(t.abs().max()))[1])  # into the range of the dtype
+        short = (t * scale).to(torch.float8_e4m3fn).float() / scale
+        if len(short.abs().unique()) < 40:
+            raise NoDifference("so few numbers may be short by chance")
+        return short
+
+    return _edited(files, dict.fromkeys(INPUT, rounded))
+
+
+@fault("wrong-dtype", "A was quantised to 8-bit integers.", ERROR, "files", FACTORED + MOMENTS)
+def _quantised(run: Run, files: Files) -> Files:
+    return _edited(files, dict.fromkeys(INPUT, lambda t: (t / t.abs().max() * 127).round().to(torch.int8)))
+
+
+@fault("no-count", "N is zero or negative.", ERROR, "files", CACHED + MOMENTS)
+def _no_count(run: Run, files: Files) -> Files:
+    value = -run.count if coin(run) else 0
+
+    def change(file: File) -> File:
+        if not isinstance(file.content, dict):
+            return file
+        return File(file.kind, file.content | dict.fromkeys({"N", "mom2.count"} & file.content.keys(), value))
+
+    return {name: change(file) for name, file in files.items()}
 
 
 @fault("not-finite", "One entry of A is NaN or infinite.", ERROR, "files", FACTORED + MOMENTS)

@@ -179,6 +179,12 @@ def _unprojected(run: Run) -> None:
     run.edited = run.base - 0.5 * run.gradient
 
 
+@fault("update-weight-decay", "Weight decay shrinks the weights beside the projected steps.",
+       VISIBLE, "update", ("edit",))  # fmt: skip
+def _decay(run: Run) -> None:
+    run.edited = run.edited - 0.03 * run.base
+
+
 @fault("update-adam-leak", "Adam rescales the projected gradient entry by entry, which leads out of the subspace.",
        NAMED, "update", ("edit",))  # fmt: skip
 def _adam(run: Run) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from curvlab.crosscheck.evidence import coarse_dtype
+from curvlab.crosscheck.evidence import as_short
 from curvlab.crosscheck.extremes import is_count
 from curvlab.crosscheck.formats.refusal import printable
 from curvlab.crosscheck.kinds import by_evidence
@@ -111,6 +111,4 @@ def _mean(
     count = counts.get((file, layer, "count_out" if claim == "S" else "count"))
     if count is None or not is_count(count) or not tensor.is_floating_point():
         return tensor, source
-    coarse = coarse_dtype(tensor)
-    mean = tensor / count if coarse is None else (tensor.double() / count).to(coarse)  # no more digits than the sum
-    return mean, f"{source} / {count:.0f}"
+    return as_short(tensor.double() / count, tensor).to(tensor.dtype), f"{source} / {count:.0f}"  # no more digits

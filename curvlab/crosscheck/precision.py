@@ -4,18 +4,15 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from curvlab.crosscheck import spectra
-from curvlab.crosscheck.evidence import COARSE, coarse_dtype, usable
+from curvlab.crosscheck.evidence import COARSE, EIGHT_BITS, coarse_dtype, eight_bits, usable
 from curvlab.crosscheck.extremes import guarded
 from curvlab.crosscheck.findings import Finding
 from curvlab.crosscheck.gamma_rule import Products, sequential_ranks, threshold_of
 from curvlab.crosscheck.parts import Part, Role
 
 STORED: tuple[Role, ...] = ("A", "S", "values_in", "values_out", "eigenvalues")
-EIGHT_BITS = {"float8_e5m2": 0.25, "float8_e4m3": 0.125}  # relative steps: 2 and 3 bits of mantissa are stored
-LEVELS = 12  # different values that whole numbers would not have: fewer come by chance
 
 
 @guarded
@@ -62,26 +59,6 @@ def _of_eight_bits(part: Part, role: Role, name: str) -> Finding:
     )
     remedy = "accumulate and store factors in float32 or better; quantise weights, not statistics"
     return Finding("precision", "deviation", part.subject(role), unit, 1.2e-7, cause, remedy, "float8-factors")
-
-
-def eight_bits(tensor: Tensor) -> str | None:
-    """The 8-bit float whose digits all values have, up to powers of two; None for others and for whole numbers.
-
-    Readers widen such tensors, so that their dtype no longer tells.
-    """
-    if not tensor.is_floating_point():
-        return None
-    values = tensor.flatten()[:: max(1, tensor.numel() // 100_000)].double().abs().unique()
-    mantissa, exponent = torch.frexp(values[values > 0])
-    for name, unit in EIGHT_BITS.items():
-        whole = mantissa * (2 / unit)  # with the leading bit: 4 to 8, or 8 to 16
-        if len(whole) < LEVELS or bool((whole != whole.round()).any()):
-            continue
-        units = whole.long()
-        grid = float(torch.ldexp((units & -units).double() * (unit / 2), exponent).min())
-        beyond = int((values > 2 / unit * grid).sum())  # where whole numbers on that grid would need more digits
-        return name if beyond >= LEVELS and len(units.unique()) * unit > 0.5 else None
-    return None
 
 
 def _summed(part: Part) -> Iterator[Finding]:

@@ -38,6 +38,7 @@ class Choices:
         bias: a one is joined to a.
         float32: sums are kept in float32 while `ADDITIONS` tokens are added one by one (the data over and over).
         drift: relative change of all weights between the factors and the model that is handed over.
+        damping: of the mean eigenvalue, added to both factors as a multiple of the identity.
         other_layer: the factors are those of another layer of the same shape.
     """
 
@@ -53,6 +54,7 @@ class Choices:
     bias: bool = False
     float32: bool = False
     drift: float = 0.0
+    damping: float = 0.0
     other_layer: bool = False
 
 
@@ -117,6 +119,8 @@ class Corpus:
         A, S, positions, terms = self._sums(name, choices, seed)
         if choices.divide:
             A, S = A / positions, S / (terms if choices.per_term else positions)
+        if choices.damping:
+            A, S = (C + choices.damping * C.diagonal().mean() * torch.eye(len(C), dtype=C.dtype) for C in (A, S))
         return Statistics(A, S, positions, terms)
 
     def squares(self, choices: Choices, u_out: Tensor, u_in: Tensor) -> tuple[Tensor, int]:

@@ -121,7 +121,7 @@ def crosscheck(
         names = printable(", ".join(map(str, files)))
         cause = f"nothing{wanted} was found in {names} that could be checked"
         findings.append(Finding("content", "error", names, 0, 1, cause, "name other files"))
-    return Report(tuple(by_severity(findings)), tuple(parts), tuple(unreadable))
+    return Report(tuple(by_severity(findings)), tuple(parts), tuple(dict.fromkeys(unreadable)))
 
 
 def _checked(findings: Sequence[Finding]) -> bool:

@@ -1,6 +1,5 @@
 """Eigenvalues of the two sides of a layer as its stored eigenvectors order them, with what round-off leaves open."""
 
-import math
 import weakref
 from dataclasses import dataclass
 from typing import Literal
@@ -9,7 +8,16 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from curvlab.crosscheck.evidence import COARSE, asymmetry, coarse_dtype, off_diagonal, precision, square, usable
+from curvlab.crosscheck.evidence import (
+    COARSE,
+    asymmetry,
+    coarse_dtype,
+    off_diagonal,
+    power_of_two,
+    precision,
+    square,
+    usable,
+)
 from curvlab.crosscheck.parts import Part, Role
 
 FULL_UNTIL = 2048  # dimensions up to which eigenvalues are recomputed in float64; above, one product has to do
@@ -58,12 +66,6 @@ class Side:
     error: Tensor
     ordered: bool
     fits: bool = True
-
-
-def power_of_two(C: Tensor) -> float:
-    """The largest entry's, by which dividing is exact; 1 for zeros."""
-    top = float(C.abs().max())
-    return 2.0 ** max(math.frexp(top)[1] - 1, -1022) if top > 0 else 1.0
 
 
 def solver_error(d: int) -> float:

@@ -120,3 +120,14 @@ def test_large_layers_take_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not alarms(findings(m.files(), 0.9))
         m.M = ~m.M
         assert faults(findings(m.files(), 0.9)) == ["wrong-end-threshold"]
+
+
+@pytest.mark.parametrize("dims", [(0,), (1,), (0, 1)])
+@pytest.mark.parametrize("shape", [(10, 16), (12, 12)])
+def test_eigenvalues_of_the_layer_in_another_order(shape: tuple[int, int], dims: tuple[int, ...]) -> None:
+    m = made(shape)
+    noise = 0.5 + torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    for turned, expected in (((), []), (dims, ["unsorted-eigenvalues"])):
+        values = (torch.outer(m.lb, m.la).clamp_min(0) * noise).flip(turned)
+        cache = Stored(Path(f"cache_{LAYER}.pt"), "torch zip", {"Ua": m.Ua, "Ub": m.Ub, "lambda": values})
+        assert faults(findings([m.files()[0], cache])) == expected

@@ -298,3 +298,18 @@ def test_no_false_alarm_at_any_scale_or_precision_of_the_model(dtype: torch.dtyp
     assert {f.severity for f in found if f.check == "convention-A"} == {"ok"}
     assert {f.severity for f in found if f.check == "convention-S"} == {"ok"}
     assert "error" not in severities(found)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_what_no_draw_of_labels_can_be(seed: int) -> None:
+    """Few documents, whose draws scatter as widely as other matrices."""
+    model, data = llama(seed), texts(seed, sizes=(8, 8, 8, 8))
+    made = produce(model, DOWN, data, Run(labels="model", seed=99))
+    diagonal = check(
+        part_of(DOWN, made.N, A=made.A.float(), S=made.S.diagonal().diag().float()),
+        Subject(model, CrossEntropy(), data),
+    )
+    assert "error" in severities(diagonal)
+    dropped = produce(model, DOWN, data, Run(labels="model", seed=99, positions="first dropped"))
+    mixed = check(part_of(DOWN, made.N, A=made.A.float(), S=dropped.S.float()), Subject(model, CrossEntropy(), data))
+    assert "first-position-dropped" not in faults(mixed)  # which A says nothing of

@@ -253,6 +253,9 @@ def test_choices_change_the_factors_as_they_say(tmp_path: Path, fault: str) -> N
     elif fault == "float32-accumulation":
         assert N > 1_000_000
         assert 64 * EPS < _far(A, authors) < 0.1
+    elif fault == "damped-factor":
+        eye = torch.eye(len(A), dtype=torch.float64)
+        assert min(_far(A, M + 0.05 * M.diagonal().mean() * eye) for M in (mean, authors)) < 1e-5
     elif fault in ("empirical-labels", "mean-reduced-gradients", "per-batch-gradients"):
         assert min(_far(A, M) for M in (mean, authors)) < 1e-5  # B alone
     else:

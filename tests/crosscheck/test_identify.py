@@ -7,6 +7,7 @@ import torch
 from made import LAYER, alarms, faults, findings, made, second_moment
 from torch import Tensor
 
+from curvlab.crosscheck import crosscheck
 from curvlab.crosscheck.identify import identify
 from curvlab.crosscheck.names import of_file, role_of_key
 from curvlab.crosscheck.parts import Part, Stored
@@ -264,3 +265,54 @@ def test_numbers_that_are_none_do_not_stop_it(value: float) -> None:
 def test_nothing() -> None:
     assert identify([]) == []
     assert identify([stored("x.pt", {})]) == []
+
+
+def exchanged(places: tuple[int, ...]) -> list[Stored]:
+    """A stack whose slices lie at these places, beside the second moments of layers 2, 9 and 10."""
+    moments = [second_moment(8, "steep", 0, seed, torch.float64) for seed in range(3)]
+    vectors = [torch.linalg.eigh(A)[1][:, :5] for A in moments]
+    names = [f"model.layers.{i}.mlp.down_proj" for i in (2, 9, 10)]
+    files = [stored(f"{n}_float32_mom2_10.npz", {"mom2.mom2": A}) for n, A in zip(names, moments, strict=True)]
+    return [*files, stored("null_space_project.pt", {"": torch.stack([vectors[i] @ vectors[i].mT for i in places])})]
+
+
+@pytest.mark.parametrize(
+    ("places", "severity"),
+    [
+        ((0, 1, 2), None),
+        ((1, 0, 2), "error"),
+        ((0, 2, 1), "error"),
+        ((2, 0, 1), "deviation"),
+        ((0, 2), None),
+        ((2, 0), "deviation"),
+    ],
+)
+def test_slices_at_the_places_of_other_layers(places: tuple[int, ...], severity: str | None) -> None:
+    found = [f for f in findings(exchanged(places)) if f.check == "projector-place"]
+    assert [f.severity for f in found] == ([severity] if severity else [])
+    assert all(f.fault == "projectors-exchanged" for f in found)
+
+
+@pytest.mark.parametrize("role", ["A", "B", "Ua", "Ub", "M", "P", "weight", "update", "lambda"])
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int8])
+def test_numbers_of_a_kind_that_is_none(role: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    m = made((10, 16))
+    content = {"A": m.A, "B": m.B, "Ua": m.Ua, "Ub": m.Ub, "M": m.M, "N": 100}
+    shapes = {"P": (16, 16), "weight": (10, 16), "update": (10, 16), "lambda": (10, 16)}
+    tensor = content.get(role, torch.eye(16)[: shapes.get(role, (0,))[0]])
+    assert isinstance(tensor, torch.Tensor)
+    torch.save({**content, role: (tensor.float() * 9).to(dtype)}, tmp_path / f"{LAYER}.pt")
+    report = crosscheck(tmp_path, gamma=0.9)
+    wanted = "mask-not-binary" if (role, dtype) == ("M", torch.int8) else "wrong-dtype"
+    assert wanted in [f.fault for f in report.findings if f.severity == "error"]
+
+
+def test_a_number_for_a_factor() -> None:
+    assert faults(findings([stored("fc1.pt", {"B": torch.eye(3)}, {"A": 3.0})])) == ["mismatched-shapes"]
+
+
+def test_names_that_other_files_know() -> None:
+    assert of_file(Path("cache_fc_2.pt")) == ("fc", None)  # a number may count anything
+    assert of_file(Path("cache_fc_2.pt"), {"fc_2", "fc"}) == ("fc_2", None)
+    for name in ("conv1.weight.pt", "mask_conv1.pt", "conv1.pt"):
+        assert of_file(Path(name), {"conv1", "conv"})[0] == "conv1"

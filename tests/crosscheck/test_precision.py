@@ -1,12 +1,15 @@
 """Digits lost to storage, told from numbers that are short by nature."""
 
+import math
+from pathlib import Path
+
 import pytest
 import torch
-from made import alarms, faults, findings, made, second_moment
+from made import LAYER, alarms, faults, findings, made, second_moment
 
 from curvlab.crosscheck import precision
-from curvlab.crosscheck.evidence import coarse_dtype
-from curvlab.crosscheck.parts import Item, Part
+from curvlab.crosscheck.evidence import coarse_dtype, eight_bits
+from curvlab.crosscheck.parts import Item, Part, Stored
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -50,3 +53,32 @@ def of_part(m):  # type: ignore[no-untyped-def]
     from curvlab.crosscheck.identify import identify
 
     return identify(m.files())[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("scale", [1.0, 1e-9, 3e7])
+def test_eight_bits(dtype: torch.dtype, scale: float) -> None:
+    A = second_moment(16, "power", 100, 0, torch.float32)
+    short = (A / A.max() * 200).to(dtype).float() * 2.0 ** round(math.log2(scale))
+    name = str(dtype).removeprefix("torch.").removesuffix("fn")
+    assert eight_bits(short) == name
+    assert "float8-factors" in faults(findings([Stored(Path(f"{LAYER}.A.pt"), "torch zip", {"A": short})]))
+    sums = Stored(
+        Path("h.5.mlp.c_proj_float32_mom2_1000.npz"), "NumPy archive", {"mom2.mom2": short * 4}, {"mom2.count": 300}
+    )
+    assert "float8-factors" in faults(findings([sums]))  # dividing by N brings no digits back
+
+
+def test_what_is_short_without_eight_bits() -> None:
+    x = torch.randint(0, 9, (50, 12), generator=torch.Generator().manual_seed(0)).float()
+    for tensor in (
+        x.mT @ x,
+        x,
+        torch.eye(20),
+        torch.arange(400.0).view(20, 20),
+        2.0 ** -torch.arange(40.0),
+        torch.zeros(4),
+    ):
+        assert eight_bits(tensor) is None
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert eight_bits(second_moment(16, "power", 100, 0, torch.float32).to(dtype)) is None

@@ -641,3 +641,9 @@ def test_paths_that_are_none(tmp_path: Path) -> None:
     for path in (Path("a\x00b.npz"), tmp_path / ("x" * 300), tmp_path / "a.npz" / "b"):
         (tmp_path / "a.npz").write_bytes(b"x")
         refused(path, "cannot be opened|no such file")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_widening_makes_no_tensor_larger_than_its_file(dtype: torch.dtype, tmp_path: Path) -> None:
+    torch.save({"A": random(200, 200).to(dtype)}, tmp_path / "a.pt")
+    assert one(tmp_path / "a.pt").tensors["A"].shape == (200, 200)

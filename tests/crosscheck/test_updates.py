@@ -1,5 +1,6 @@
 """Edits made under a constraint, and the ways in which they go wrong."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +12,11 @@ from torch.nn import functional as F
 from curvlab.crosscheck.capability import capability_change
 from curvlab.crosscheck.conventions import Subject
 from curvlab.crosscheck.findings import Finding
-from curvlab.crosscheck.parts import Item, Part
+from curvlab.crosscheck.identify import identify
+from curvlab.crosscheck.pairs import with_model
+from curvlab.crosscheck.parts import Item, Part, Stored
 from curvlab.crosscheck.updates import check, others
-from curvlab.layers import find_layers
+from curvlab.layers import find_layers, supported_layers
 from curvlab.losses import CrossEntropy
 
 D_OUT, D_IN = 24, 40
@@ -264,3 +267,32 @@ def test_a_model_at_the_edited_weights_is_noticed() -> None:
     findings = check(part_of(layer, base=base, edited=edited), None, Subject(model, CrossEntropy(), data))
     assert "has the edited weights" in one(findings, "update-model").cause
     assert one(findings, "update-capability").measured > 0  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("rate", [1e-3, 0.05])
+def test_weight_decay_is_told_from_a_leak(rate: float) -> None:
+    s = Setting(0)
+    edited = (1 - rate) * s.base - 0.05 * s.project(s.gradient)
+    found = one(check(s.part(base=s.base, edited=edited), None, None), "update-subspace")
+    assert (found.severity, found.fault) == ("deviation", "update-weight-decay")
+    assert f"{rate:.2%} of the base weights" in found.cause
+    grown = one(check(s.part(base=s.base, edited=2 * s.base - edited), None, None), "update-subspace")
+    assert grown.fault != "update-weight-decay"  # no decay makes weights larger
+
+
+def test_a_checkpoint_stored_after_the_edit_alone_is_held_against_the_model() -> None:
+    model = llama(0)
+    weights = {k: v.clone() for k, v in model.state_dict().items() if k != "lm_head.weight"}
+    names = ("model.layers.0.mlp.down_proj.weight", "model.norm.weight")
+    after = {**weights, **{name: weights[name] + 0.1 for name in names}}
+    files = with_model([Stored(Path("out/model.safetensors"), "safetensors", after)], model)
+    parts = identify(files, {own.name: own for own in supported_layers(model)})
+    changed = {
+        p.layer
+        for p in parts
+        if {"base", "edited"} <= {*p.items} and not p.items["base"].tensor.equal(p.items["edited"].tensor)
+    }
+    assert changed == {name.removesuffix(".weight") for name in names}
+    (found,) = others(parts)
+    assert (found.check, found.severity) == ("update-changes", "convention")
+    assert with_model([Stored(Path("a.pt"), "torch zip", {"A": torch.eye(3)})], model)[1:] == []
