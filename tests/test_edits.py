@@ -1,6 +1,7 @@
 """Edit sets in every format people have, and the report on a set that cannot be edited as it stands."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from language import tiny_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from curvlab.data.edits import Request, check_requests, load_edits
+from curvlab.data.edits import Request, check_requests, load_edits, without_contradictions
 
 ADA = Request(
     "Ada was born in",
@@ -305,6 +306,8 @@ def test_a_paraphrase_may_not_contradict_another_prompt() -> None:
     assert "request 1: a paraphrase asks for 'Paris' where request 0 asks for 'Rome'" in found[0]
     same = Request("The birthplace of Ada is", "Rome", paraphrases=("Ada was born in",))
     check_requests([first, same], tiny_tokenizer())
+    assert without_contradictions([first, again, same]) == [first, replace(again, paraphrases=()), same]
+    check_requests(without_contradictions([first, again]), tiny_tokenizer())
 
 
 def test_no_requests() -> None:

@@ -64,6 +64,8 @@ class Training:
             raise ValueError(
                 f"epochs, batch_size and lr must be positive, got {self.epochs}, {self.batch_size}, {self.lr}"
             )
+        if not (isinstance(self.epochs, int) and isinstance(self.batch_size, int)):
+            raise ValueError(f"epochs and batch_size must be whole numbers, got {self.epochs}, {self.batch_size}")
         if not (self.skip_below >= 0 and self.stop_below >= 0):
             raise ValueError(
                 f"skip_below and stop_below are losses ≥ 0, got {self.skip_below}, {self.stop_below} (0 is never met)"

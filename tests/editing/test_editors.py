@@ -185,6 +185,8 @@ TWICE = [*REQUESTS, Request(REQUESTS[0].prompt, "Berlin")]
         ({"editor": "crispedi"}, "did you mean one of .*crispedit"),
         ({"editor": "ft", "gama": 0.9}, r"ft has no option \['gama'\]; it has .*epochs"),
         ({"requests": []}, "no requests"),
+        ({"requests": ["The capital of France is"]}, "must be a list of curvlab.data.edits.Request, got 'The capital"),
+        ({"epochs": 2.5}, "must be whole numbers"),
         ({"requests": TWICE}, "asks for 'Berlin' where"),
         ({"editor": "ft", "template": "{question} " + "long " * 600}, "more tokens in their template than the model"),
         ({"layers": "model.layers.7.mlp.down_proj"}, "no layer fits .*did you mean"),
