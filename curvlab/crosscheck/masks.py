@@ -13,7 +13,7 @@ from curvlab.crosscheck.findings import Finding, Severity
 from curvlab.crosscheck.gamma_rule import Products, Range, gamma_range, nested, threshold_room
 from curvlab.crosscheck.no_rule import no_threshold
 from curvlab.crosscheck.other_rules import of_sides
-from curvlab.crosscheck.parts import Part
+from curvlab.crosscheck.parts import Part, Role
 from curvlab.crosscheck.ranks import USUAL, rank_findings
 from curvlab.crosscheck.sides import AUTHORS_MASK
 
@@ -53,6 +53,8 @@ def check(part: Part, gamma: float | None = None) -> list[Finding]:
         return [
             Finding("mask-values", "error", part.subject("mask"), values, "0 or 1", cause, remedy, "mask-not-binary")
         ]
+    if len({"U_in", "U_out"} & part.items.keys()) == 1 and not bool((mask == mask[:1]).all()):
+        return [_half(part)]
     kept = mask.bool()
     candidates, sound = _candidates(part)
     plain = bool(kept.all()) or not bool(kept.any())
@@ -63,13 +65,22 @@ def check(part: Part, gamma: float | None = None) -> list[Finding]:
     return list(_explained(part, kept, candidates, gamma))
 
 
+def _half(part: Part) -> Finding:
+    own: Role
+    own, other = ("U_in", "U_out") if "U_in" in part.items else ("U_out", "U_in")
+    cause = f"the mask acts in the basis of both sides, and of these only {own} is there: {other} is missing"
+    remedy = "store Ua, Ub and M of one decomposition together"
+    return Finding("mask-bases", "deviation", part.subject("mask", own), own, "both", cause, remedy, "incomplete-cache")
+
+
 def _candidates(part: Part) -> tuple[list[Reading], bool]:
     """Eigenvalues that the mask may be a threshold of, and whether the stored eigenvectors fit their factors."""
     found: list[Reading] = []
     inner, outer = spectra.side(part, "in"), spectra.side(part, "out")
     sound = all(side is None or side.fits for side in (inner, outer))
     kept = part.items["mask"].oriented
-    if outer is None and inner is not None and inner.ordered and bool((kept == kept[:1]).all()):  # I ⊗ A: inputs only
+    if inner is not None and inner.ordered and "U_out" not in part.items and bool((kept == kept[:1]).all()):
+        # I ⊗ A: inputs only
         ones = torch.ones(len(kept), dtype=torch.float64)
         outer = spectra.Side(ones, torch.zeros_like(ones), ordered=True)
     if inner is not None and outer is not None and sound:

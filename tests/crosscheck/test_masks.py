@@ -12,6 +12,7 @@ from made import LAYER, Made, alarms, authors_mask, faults, findings, made, of_p
 from torch import Tensor
 
 from curvlab.crosscheck import masks
+from curvlab.crosscheck.evidence import precision
 from curvlab.crosscheck.gamma_rule import Products, gamma_range, nested, sequential_ranks, threshold_of
 from curvlab.crosscheck.parts import Item, Part, Stored
 from curvlab.curvature.kfac import kronecker_block
@@ -305,3 +306,41 @@ def test_energy_is_measured_in_float64() -> None:
     share = float(products[~m.M].sum() / products.sum())
     assert isinstance(said.measured, float)
     assert math.isclose(said.measured, share, rel_tol=1e-5)
+
+
+def cache_of(m: Made, **tensors: Tensor) -> list[Stored]:
+    return [m.files()[0], Stored(Path(f"cache_{LAYER}.pt"), "torch zip", tensors)]
+
+
+@pytest.mark.parametrize("one", ["Ua", "Ub"])
+def test_half_a_cache(one: str) -> None:
+    m = made((10, 16))
+    assert faults(findings(cache_of(m, M=m.M, **{one: getattr(m, one)}), 0.9)) == ["incomplete-cache"]
+    assert not alarms(findings(cache_of(m, M=m.M)))  # eigenvectors of both sides may be anywhere
+
+
+def test_a_mask_of_inputs_alone_needs_no_basis_of_outputs() -> None:
+    m = made((10, 16))
+    ordered = m.la.flip(0)
+    kept = m.la < ordered[rank(ordered.cumsum(0), 0.9)]
+    inputs = cache_of(m, M=kept[:, None].expand_as(m.M).clone(), Ua=m.Ua)
+    assert not alarms(findings(inputs, 0.9))
+    inputs = cache_of(m, M=~kept[:, None].expand_as(m.M), Ua=m.Ua)
+    assert faults(findings(inputs, 0.9)) == ["wrong-end-threshold"]
+
+
+def test_factors_of_float32_products_in_float64() -> None:
+    """Their triangles differ, and their small eigenvalues are known, as float32 leaves them."""
+    for seed in range(3):
+        x = torch.randn(300, 16, generator=torch.Generator().manual_seed(seed)) * 0.8 ** torch.arange(16)
+        skewed = (
+            x.mT @ x
+            + 1e-7 * torch.randn(16, 16, generator=torch.Generator().manual_seed(seed)) * x.square().sum(0).max()
+        )
+        m = made((10, 16), seed, dtype=torch.float64)
+        m.A = skewed.double() / 7
+        m.la, m.Ua = torch.linalg.eigh(m.A)
+        m.M = authors_mask(m.la, m.lb, 0.9)
+        assert precision(m.A) == torch.finfo(torch.float32).eps
+        assert not alarms(findings(m.files(), 0.9))
+    assert precision(made(dtype=torch.float64).A) == torch.finfo(torch.float64).eps
