@@ -2,10 +2,13 @@
 
 import resource
 import sys
+from contextlib import suppress
+from pathlib import Path
 
 import psutil
 import torch
 
+CGROUP = Path("/sys/fs/cgroup")
 LARGE = 512 * 2**20  # allocations above are announced
 
 
@@ -27,11 +30,25 @@ def human(count: float) -> str:
 
 
 def available(device: torch.device | str = "cpu") -> int:
-    """Bytes that can still be allocated on `device`."""
+    """Bytes that can still be allocated on `device`; on the CPU within the limit of a container, too."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return int(psutil.virtual_memory().available)
+    return min([int(psutil.virtual_memory().available), *_left_in_container()])
+
+
+def _left_in_container() -> list[int]:
+    """What the limits of control groups leave (versions 2 and 1), files that the kernel may drop not counted."""
+    left = []
+    for limit, used, stat, droppable in (
+        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+    ):
+        with suppress(OSError, ValueError, KeyError):  # no such group, or no limit ("max")
+            lines = dict(line.split() for line in (CGROUP / stat).read_text().splitlines())
+            taken = int((CGROUP / used).read_text()) - int(lines[droppable])
+            left.append(max(0, int((CGROUP / limit).read_text()) - taken))
+    return left
 
 
 def peak(device: torch.device | str = "cpu") -> int:
