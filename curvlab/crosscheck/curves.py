@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvlab.crosscheck.extremes import sound
 from curvlab.crosscheck.parts import Part, Role
 from curvlab.memory import announce, bytes_of
 from curvlab.spectrum import eigh, log_spaced
@@ -28,6 +29,7 @@ def curves(part: Part, reference: Mapping[str, Tensor] | None = None, gamma: flo
             held against the stored factors.
         gamma: of the staircase that is drawn over the mask.
     """
+    part = sound(part)
     found = {side: _side(part, side, basis, values) for side, basis, values in SIDES}  # type: ignore[arg-type]
     spectra = {side: _points(values) for side, (values, _) in found.items() if values is not None}
     overlaps = {}
@@ -96,7 +98,7 @@ def _mask(
     kept = (mask != 0)[down][:, right]
     products = values_out[down].clamp_min(0)[:, None] * values_in[right].clamp_min(0)[None, :]
     ordered = products.flatten().sort(descending=True).values
-    share = ordered.cumsum(0) / ordered.sum()
+    share = ordered.cumsum(0) / ordered.sum().clamp_min(torch.finfo(torch.float64).tiny)
     count = kept.numel() - int(kept.sum()) if gamma is None else 1 + int((share < gamma).sum())
     count = min(count, kept.numel())
     rule: list[list[float]] = []

@@ -1,4 +1,4 @@
-"""Numbers at the ends of what floating point holds: factors rescaled before a check, findings kept finite."""
+"""Numbers that no check can take as they are: left out, rescaled from the ends of floating point, or put in words."""
 
 import math
 from collections.abc import Callable
@@ -16,6 +16,15 @@ SIDES: tuple[tuple[Role, Role], ...] = (("A", "values_in"), ("S", "values_out"))
 def is_count(n: float) -> bool:
     """Whether N can count samples: finite, at least 1, below what float64 counts one by one."""
     return 1 <= n <= 2.0**53
+
+
+def sound(part: Part) -> Part:
+    """The part with what can be computed with: real numbers, all finite; whole ones for a mask alone."""
+    kept = {
+        role: item for role, item in part.items.items()
+        if usable(item.tensor) and (item.tensor.is_floating_point() or role == "mask")
+    }  # fmt: skip
+    return replace(part, items=kept)
 
 
 def moderate(part: Part) -> Part:

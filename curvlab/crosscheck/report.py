@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from curvlab.capture import Data
 from curvlab.crosscheck import bases, conventions, factors, masks, precision, projectors, updates
 from curvlab.crosscheck.conventions import Subject
-from curvlab.crosscheck.evidence import usable
+from curvlab.crosscheck.extremes import sound
 from curvlab.crosscheck.findings import SEVERITIES, Finding, Severity, by_severity
 from curvlab.crosscheck.formats.refusal import printable
 from curvlab.crosscheck.gathering import gather
@@ -174,10 +174,10 @@ def _check(
     moments: Mapping[str, LayerMoments],
 ) -> Iterator[Finding]:  # fmt: skip
     yield from part.assumed
-    unsound = [role for role, item in part.items.items() if not _sound(role, item.tensor)]
-    for role in unsound:
+    before = sound(part)
+    for role in (role for role in part.items if role not in before.items):
         yield _unsound(part, role)
-    part = before = replace(part, items={role: item for role, item in part.items.items() if role not in unsound})
+    part = before
     if subject is not None and part.layer in moments and alone(part):
         part, found = accompanied(part, moments[part.layer])
         yield from found
@@ -186,10 +186,6 @@ def _check(
     if subject is not None and part.layer and not alone(before):
         yield from conventions.check(part, subject, all_layers=layers, seed=seed, moments=moments)
     yield from updates.check(part, gamma, subject)
-
-
-def _sound(role: Role, tensor: Tensor) -> bool:
-    return usable(tensor) and (tensor.is_floating_point() or role == "mask")
 
 
 def _unsound(part: Part, role: Role) -> Finding:

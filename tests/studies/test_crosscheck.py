@@ -141,6 +141,18 @@ def test_a_cache_alone_is_held_against_recomputed_factors(run: dict[str, Path], 
     assert alarms == ({fault} if fault else set())
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
+def test_damaged_factors_beside_a_cache_are_reported_and_drawn(damaged: Path, tmp_path: Path, value: float) -> None:
+    (file,) = damaged.rglob("*layers.0*.npz")
+    content = torch.load(file, weights_only=True)
+    content["B"] = content["B"] * value
+    torch.save(content, file)
+    assert main(damaged, tmp_path / "report") == 1
+    for name in ("crosscheck.json", "curves.json"):
+        json.loads((tmp_path / "report" / name).read_text(), parse_constant=lambda word: pytest.fail(word))
+    assert (tmp_path / "report" / "crosscheck.png").stat().st_size > 10_000
+
+
 def test_numbers_that_json_does_not_know_are_strings() -> None:
     found = Finding("d", "error", "there", float("nan"), float("inf"), "").as_json()
     assert (found["measured"], found["bound"]) == ("nan", "inf")
