@@ -114,8 +114,8 @@ def check_requests(requests: Sequence[Request], tokenizer: Any, *, max_length: i
     """
     if not requests:
         raise ValueError("no requests were given")
-    if other := [request for request in requests if not isinstance(request, Request)]:
-        raise ValueError(f"requests must be a list of curvlab.data.edits.Request, got {other[0]!r} in it")
+    if strangers := [request for request in requests if not isinstance(request, Request)]:
+        raise ValueError(f"requests must be a list of curvlab.data.edits.Request, got {strangers[0]!r} in it")
     encoder = _Encoder(tokenizer, requests)
     problems: list[str] = []
     first: dict[str, int] = {}
