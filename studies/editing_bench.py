@@ -121,6 +121,15 @@ def _loaded(model: str, size: Size, data: Path | None, device: str) -> tuple[Any
     return found.to(device), tokenizer  # type: ignore[arg-type]
 
 
+def available(setup: Setup) -> int:
+    """How many edits `draw_requests` can make."""
+    world = world_of(setup)
+    if world is not None and setup.edits in world.sources:
+        return world.editable(cast(Source, setup.edits), setup.split)
+    whole = len(load_edits(setup.edits, data=setup.folder))
+    return {"all": whole, "train": whole // 2, "test": whole - whole // 2}[setup.split]
+
+
 def draw_requests(setup: Setup) -> list[Request]:
     """The edits of a setup.
 
@@ -194,14 +203,14 @@ def edit_and_measure(
     editor: str,
     settings: dict[str, Any],
     *,
-    layers: list[str] | None = None,
+    layers: list[str] | None,
     harness: bool = False,
     cases: int = 0,
 ) -> Row:
     """One edit, what it did, and undone again. An edit that diverges has no measures.
 
     Args:
-        layers: other ones than the bench's.
+        layers: those edited; None takes the editor's own.
         harness: also run lm-evaluation-harness' base capabilities.
         cases: what the model generates for so many of the requests is written down, as `cases`.
     """
@@ -212,7 +221,7 @@ def edit_and_measure(
     started = time.perf_counter()
     try:
         edited = edit(
-            bench.model, bench.tokenizer, bench.requests, editor=editor, layers=layers or bench.layers,
+            bench.model, bench.tokenizer, bench.requests, editor=editor, layers=layers,
             capability=bench.capability, seed=setup.seed, **settings,
         )  # fmt: skip
     except FloatingPointError as error:  # (the weights are put back)
@@ -291,7 +300,8 @@ def predicted(bench: Bench, moved: Matrices) -> float:
 
 def of_the_edit(edited: EditedModel) -> Row:
     """How the edit went."""
-    return {
+    counted = {name: count for name, count in edited.counts.items() if name.startswith("edits_")}
+    return counted | {
         "edit_loss": edited.losses[-1] if edited.losses else math.nan, "stopped": edited.stopped,
         "epochs_run": edited.counts.get("epochs", 0), "refits": edited.counts.get("refits", 0),
         "leak": edited.counts.get("leak", math.nan), "drift": edited.drift, "edit_seconds": edited.seconds,

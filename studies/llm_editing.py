@@ -266,7 +266,8 @@ def run_unit(config: Config, preset: Preset, unit: Unit, origin: Row) -> list[Ro
         "gamma": unit.value if knob == "gamma" else math.nan,
         "epsilon": unit.value if knob == "epsilon" else math.nan,
         "strength": unit.value if knob in ("strength", "ratio", "lr") else math.nan,
-        "seed": unit.seed, **edit_and_measure(bench, unit.editor, settings, harness=config.harness),
+        "seed": unit.seed,
+        **edit_and_measure(bench, unit.editor, settings, layers=bench.layers, harness=config.harness),
         "edits": config.edits, "batch_size": preset.batch_size, "chunk": preset.chunk, "preset": config.preset,
     }  # fmt: skip
     return [row | origin]
