@@ -1,6 +1,7 @@
 """Folders of models: damaged ones are refused, and what a configuration alone says is what the loaded model is."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,12 @@ from instruct import llama3, qwen25
 from language import tiny_gpt2, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 
+from curvlab.editing import default_layers
+from curvlab.editing.footprint import saved_for_backward
 from curvlab.models.language import load_language_model
 from curvlab.models.skeleton import skeleton
 
+STORIES = Path(os.environ.get("CURVLAB_DATA", "nowhere")) / "models" / "stories260K"
 LAYER = "model.layers.1.mlp.down_proj.weight"
 
 
@@ -98,3 +102,11 @@ def test_skeletons_refuse_what_loading_would(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="has no configuration of a causal language model"):
             skeleton(str(tmp_path))
         llama3(tmp_path)
+
+
+@pytest.mark.skipif(not STORIES.is_dir(), reason="CURVLAB_DATA names no folder with models/stories260K")
+def test_a_llama2c_model_has_a_skeleton_and_may_be_spread() -> None:
+    model, _ = load_language_model(str(STORIES), device="auto")
+    bare = skeleton(str(STORIES))
+    assert [p.shape for p in bare.parameters()] == [p.shape for p in model.parameters()]
+    assert saved_for_backward(bare, default_layers(bare), (2, 7), loss=True) > 0

@@ -128,7 +128,8 @@ def load_language_model(
     tokenizer: Any
     if (path / "stories260K.bin").is_file():
         model, tokenizer = load_stories260k(path)
-        return (model if dtype == "auto" else model.to(getattr(torch, dtype))).to(device), tokenizer
+        model = model if dtype == "auto" else model.to(getattr(torch, dtype))
+        return model.to("cpu" if device == "auto" else device), tokenizer
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         loaded = AutoModelForCausalLM.from_pretrained(

@@ -21,7 +21,10 @@ def skeleton(name_or_path: str, *, dtype: str = "auto") -> Any:
     path, source = source_of(name_or_path, dtype)
     if (path / "stories260K.bin").is_file():
         tiny: Any = load_stories260k(path)[0]
-        return tiny.to("meta")
+        tiny.set_attn_implementation("eager")
+        tiny = tiny.to("meta").requires_grad_(False)
+        tiny.tie_weights()  # the move took tied ones apart
+        return tiny
     try:
         config = AutoConfig.from_pretrained(source)
         own = config.dtype or torch.float32
