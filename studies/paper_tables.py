@@ -45,6 +45,7 @@ from tqdm import tqdm
 from curvlab.curvature.origin import weights_checksum
 from curvlab.data.edits import Request
 from curvlab.data.world import Size
+from curvlab.editing.footprint import Plan, announced
 from curvlab.memory import human
 from curvlab.models.language import EMBEDDED
 from curvlab.records import Row, cached_rows, fingerprint, provenance, write_table
@@ -106,6 +107,8 @@ class Config:
         model: embedded (a small Llama), or a Hugging Face name or path.
         second: the other model family, of Table 5; none leaves that table out.
         edits: sets to edit: generated (the embedded world's own), counterfact, zsre, wikibigedit, or files.
+        capability: a text file whose documents are to be left alone (half of them to measure on); None takes the
+            world's, or WikiText for other models.
         tune: choose each method's setting on the other half of the facts; --no-tune takes the first of its grid.
         data: folder with edits/ and text/ (else CURVLAB_DATA); the embedded world mixes real facts and stories in if
             there is one.
@@ -128,6 +131,7 @@ class Config:
     grid: int | None = None
     editors: tuple[str, ...] | None = None
     layers: tuple[str, ...] | None = None
+    capability: Path | None = None
     tune: bool = True
     data: Path | None = None
     device: str = "cpu"
@@ -168,8 +172,10 @@ def resolve(config: Config) -> tuple[Config, Preset, list[str]]:
             refuse(f"--model {name}: choose {', '.join(EMBEDDED)}, or a Hugging Face name or path")
         if name not in EMBEDDED and "generated" in config.edits:
             refuse("--edits generated: the world's facts are known to the embedded models only")
-        if name not in EMBEDDED and config.folder is None:
-            refuse(f"--model {name}: give --data (or CURVLAB_DATA), where its capability text lies")
+        if name not in EMBEDDED and config.folder is None and config.capability is None:
+            refuse(
+                f"--model {name}: give --data (or CURVLAB_DATA), where its capability text lies, or --capability FILE"
+            )
     try:
         torch.empty(0, device=config.device)
     except (RuntimeError, AssertionError) as error:
@@ -186,7 +192,8 @@ def setup_of(config: Config, preset: Preset, edits: str, seed: int) -> Setup:
     and what these leave trains MEND. Where nothing is tuned or trained, the whole set is there to be edited."""
     setup = Setup(
         config.model, preset.size, edits, preset.n_edits, preset.n_capability, preset.n_asked, seed, split="test",
-        layers=config.layers, data=config.folder, folder=config.folder, device=config.device,
+        capability=str(config.capability or "world"), layers=config.layers, data=config.folder, folder=config.folder,
+        device=config.device,
     )  # fmt: skip
     if not preset.grid and "mend" not in preset.editors:
         setup = replace(setup, split="all")
@@ -391,12 +398,16 @@ def main(config: Config) -> None:
                     setup, available(setup), second, untuned(preset, "crispedit"), untuned(preset, "crispedit-seq")
                 )
                 wanted += [w for name in plans for w in PLANS[name](base) if w.editor in preset.editors]
+        for model in dict.fromkeys(w.setup.model for w in wanted):
+            if model not in EMBEDDED:  # before weights are read
+                memory = Plan(preset.editors, preset.n_edits, preset.batch_size)
+                print(f"{model}: {announced(model, config.layers, memory, config.device)}", flush=True)
         weights: dict[str, str] = {}
         for setup in dict.fromkeys(w.setup for w in reversed(wanted)):
             if setup.seed == preset.seeds[0]:
                 bench = prepare(setup)  # trains the embedded models, and says now what cannot be run
                 weights[setup.model] = weights.get(setup.model) or weights_checksum(bench.model)
-    except (FileNotFoundError, ValueError, OSError) as error:
+    except (FileNotFoundError, ValueError, OSError, MemoryError) as error:
         refuse(error)
     if not wanted:
         refuse("no edit to make: --tables and --editors leave none (Table 4 needs three times --n-edits facts)")

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 import tyro
 from commands import STUDIES, run_study
+from instruct import TEXT, qwen25
 
 with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(str(STUDIES))
@@ -97,6 +99,28 @@ def test_tuning_is_on_the_other_half_and_recorded(environment: dict[str, str], t
     assert set(both["table"]) == {"table1", "table4"}
     same = both[both["table"] == "table1"].reset_index(drop=True)
     pd.testing.assert_frame_equal(same.drop(columns=VARYING), first.drop(columns=VARYING), check_dtype=False)
+
+
+def test_a_real_models_files_with_the_papers_settings(environment: dict[str, str], tmp_path: Path) -> None:
+    qwen25(tmp_path / "qwen", torch.bfloat16)
+    (tmp_path / "text.txt").write_text("\n\n".join(TEXT))
+    facts = [
+        {"prompt": f"The {n} ships sail", "target": "east", "subject": f"{n} ships"} for n in ("ten", "two", "six")
+    ]
+    (tmp_path / "facts.jsonl").write_text("\n".join(map(json.dumps, facts)))
+    given = ["--model", str(tmp_path / "qwen"), "--edits", str(tmp_path / "facts.jsonl"), "--preset", "paper"]
+    given += ["--capability", str(tmp_path / "text.txt"), "--n-asked", "2", "--epochs", "2", "--n-capability", "4"]
+    done = run(environment, tmp_path / "out", *given, "--editors", "ft", "ultraedit", "crispedit", "crispedit-seq")
+    assert done.returncode == 0, done.stderr
+    assert "estimated memory, at most" in done.stdout
+    assert "3 edits and not 3000" in done.stdout
+    table = results(tmp_path / "out").set_index("editor")
+    assert table["split"].eq("all").all()
+    assert table["settings"].fillna("").to_dict() == {
+        "none": "", "ultraedit": "lr 1e-06", "ft": "lr 0.0005", "crispedit": "gamma 0.9, lr 0.0005",
+        "crispedit-seq": "gamma 0.999, lr 0.0005",
+    }  # fmt: skip
+    assert table["diverged"].eq(0).all()
 
 
 @pytest.mark.parametrize(
