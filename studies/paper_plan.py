@@ -130,14 +130,22 @@ class Base:
         setup: of one edit set and seed, on the half that is not tuned on.
         available: requests that this half holds.
         second: the other model family, of Table 5; "" for none.
+        seq_documents: that CrispEdit-Seq takes its capability curvature on, in the tables that compare methods.
         crispedit, seq: the first settings of CrispEdit and CrispEdit-Seq, of which a table varies one.
     """
 
     setup: Setup
     available: int
     second: str
+    seq_documents: int
     crispedit: Options
     seq: Options
+
+    def line(self, table: str, setup: Setup, editor: str) -> Wanted:
+        """A method with the settings it was tuned to."""
+        if editor == "crispedit-seq":
+            setup = replace(setup, n_capability=self.seq_documents)
+        return Wanted(table, NAMES[editor], setup, editor)
 
 
 Lines = Callable[[Base], Iterator[Wanted]]
@@ -145,8 +153,8 @@ Lines = Callable[[Base], Iterator[Wanted]]
 
 def table1(base: Base) -> Iterator[Wanted]:
     """All methods. Also behind Table 3, Figs. 1, 4 and 7 and Appendix F."""
-    for name, row in NAMES.items():
-        yield Wanted("table1", row, base.setup, name)
+    for name in NAMES:
+        yield base.line("table1", base.setup, name)
 
 
 def table4(base: Base) -> Iterator[Wanted]:
@@ -154,7 +162,7 @@ def table4(base: Base) -> Iterator[Wanted]:
     more = replace(base.setup, n_edits=3 * base.setup.n_edits)
     if more.n_edits <= base.available:
         for name in ("none", "locbf-ft", "ultraedit", "adam-nscl", "alphaedit", "ft", "crispedit"):
-            yield Wanted("table4", NAMES[name], more, name)
+            yield base.line("table4", more, name)
 
 
 def table5(base: Base) -> Iterator[Wanted]:
@@ -162,7 +170,7 @@ def table5(base: Base) -> Iterator[Wanted]:
     if base.second:
         other = replace(base.setup, model=base.second)
         for name in ("none", "ft", "locbf-ft", "alphaedit", "ultraedit", "adam-nscl", "crispedit", "crispedit-seq"):
-            yield Wanted("table5", NAMES[name], other, name)
+            yield base.line("table5", other, name)
 
 
 def table6(base: Base) -> Iterator[Wanted]:

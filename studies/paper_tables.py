@@ -84,6 +84,7 @@ class Preset:
     grid: int
     mend_steps: int
     editors: tuple[str, ...]
+    seq_documents: int | None = None  # of n_capability, for CrispEdit-Seq (the paper's 30); None takes all
 
 
 PRESETS = {
@@ -91,7 +92,7 @@ PRESETS = {
     "smoke": Preset("smoke", 40, 200, 40, (0,), 25, 8, 10, 1, 50, tuple(NAMES)),
     "default": Preset("default", 160, 1000, 200, (0,), 25, 32, 40, 4, 600, tuple(NAMES)),
     "paper": Preset(
-        "default", 3000, 10000, 200, (0,), 25, 32, 100, 0, 1000, tuple(n for n in PAPER_NAMES if n != "mend")
+        "default", 3000, 10000, 200, (0,), 25, 32, 100, 0, 1000, tuple(n for n in PAPER_NAMES if n != "mend"), 30
     ),
 }
 
@@ -394,9 +395,9 @@ def main(config: Config) -> None:
         for edits in config.edits:
             for seed in preset.seeds:
                 setup = setup_of(config, preset, edits, seed)
-                base = Base(
-                    setup, available(setup), second, untuned(preset, "crispedit"), untuned(preset, "crispedit-seq")
-                )
+                documents = min(preset.seq_documents or preset.n_capability, preset.n_capability)
+                firsts = untuned(preset, "crispedit"), untuned(preset, "crispedit-seq")
+                base = Base(setup, available(setup), second, documents, *firsts)
                 wanted += [w for name in plans for w in PLANS[name](base) if w.editor in preset.editors]
         for model in dict.fromkeys(w.setup.model for w in wanted):
             if model not in EMBEDDED:  # before weights are read
