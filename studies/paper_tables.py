@@ -89,7 +89,7 @@ class Preset:
 
 PRESETS = {
     "tiny": Preset("tiny", 4, 10, 5, (0,), 3, 2, 2, 1, 2, ("none", "ft", "ultraedit", "crispedit", "crispedit-seq")),
-    "smoke": Preset("smoke", 40, 200, 40, (0,), 25, 8, 10, 1, 50, tuple(NAMES)),
+    "smoke": Preset("smoke", 32, 200, 40, (0,), 25, 8, 8, 1, 50, tuple(NAMES)),
     "default": Preset("default", 160, 1000, 200, (0,), 25, 32, 40, 4, 600, tuple(NAMES)),
     "paper": Preset(
         "default", 3000, 10000, 200, (0,), 25, 32, 100, 0, 1000, tuple(n for n in PAPER_NAMES if n != "mend"), 30

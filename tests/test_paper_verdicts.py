@@ -55,8 +55,12 @@ def test_seeds_shrink_the_interval_and_a_divergence_counts_as_nothing() -> None:
 )
 def test_a_verdict_needs_the_whole_interval(crispedit: float, ft: float, verdict: str) -> None:
     rows = [line("table1", "base", capability_kept=1.0, edit_success=0.0)]
-    rows += [line("table1", "CrispEdit", capability_kept=crispedit, specificity=crispedit, edit_success=0.9)]
-    rows += [line("table1", "FT", capability_kept=ft, specificity=ft, edit_success=0.85)]
+    rows += [
+        line(
+            "table1", "CrispEdit", capability_kept=crispedit, specificity=crispedit, recall=crispedit, edit_success=0.9
+        )
+    ]
+    rows += [line("table1", "FT", capability_kept=ft, specificity=ft, recall=ft, edit_success=0.85)]
     assert of(verdicts(rows), "The projection is what keeps") == verdict
 
 
@@ -77,7 +81,7 @@ def test_one_difference_the_other_way_and_the_finding_fails() -> None:
     rows += [line("table6", f"{row}, model labels", reliability=0.2) for row in names]
     found = verdicts(rows)
     assert of(found, "Factors of the masked prompt break") == REPRODUCES
-    assert of(found, "Cause 1") == FAILS  # positions mend it, labels do not
+    assert of(found, "Were it to break") == FAILS  # positions mend it, labels do not
 
 
 def test_retention_compares_rounds() -> None:
