@@ -146,7 +146,8 @@ def fig7(table: pd.DataFrame, edits: str, path: Path) -> list[Path]:
     ax.set_ylabel("reliability after the last round, %")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     _finish(ax, f"round in which the fact was edited ({_what(table, 'table1', edits)})")
-    ax.legend(fontsize=7.5)
+    if ax.get_legend_handles_labels()[1]:
+        ax.legend(fontsize=7.5)
     return save(figure, path)
 
 

@@ -89,8 +89,8 @@ def _note(table: pd.DataFrame, name: str, edits: str) -> str:
 
 def _ours(rows: pd.DataFrame, measures: dict[str, str] = MEASURES) -> Cells:
     cells = {label: str(over_seeds(rows, measure)) for measure, label in measures.items()}
-    if bool(rows["diverged"].any()):
-        cells = dict.fromkeys(cells, "diverged") if bool(rows["diverged"].all()) else cells
+    if bool(rows["diverged"].all()):
+        return dict.fromkeys(cells, str(rows["stopped"].iloc[0]))  # "diverged" or "refused"
     return cells
 
 

@@ -212,6 +212,7 @@ def edit_and_measure(
     layers: list[str] | None,
     harness: bool = False,
     cases: int = 0,
+    refusals: bool = False,
 ) -> Row:
     """One edit, what it did, and undone again. An edit that diverges has no measures.
 
@@ -219,6 +220,11 @@ def edit_and_measure(
         layers: those edited; None takes the editor's own.
         harness: also run lm-evaluation-harness' base capabilities.
         cases: what the model generates for so many of the requests is written down, as `cases`.
+        refusals: an editor that cannot do this (no free direction, say) has a row without measures, too, instead of
+            ending all the others.
+
+    Raises:
+        ValueError: options or requests that the editor refuses.
     """
     setup = bench.setup
     if setup.device == "cpu":
@@ -230,9 +236,13 @@ def edit_and_measure(
             bench.model, bench.tokenizer, bench.requests, editor=editor, layers=layers,
             capability=bench.capability, seed=setup.seed, **settings,
         )  # fmt: skip
-    except FloatingPointError as error:  # (the weights are put back)
-        logging.getLogger("curvlab").warning("%s, %s: %s; recorded as diverged", editor, settings, error)
-        row = dict.fromkeys(MEASURED, math.nan) | {"diverged": 1, "stopped": "diverged"}
+    except (FloatingPointError, ValueError) as error:  # (the weights are put back)
+        how = "diverged" if isinstance(error, FloatingPointError) else "refused"
+        told = {name: value for name, value in settings.items() if isinstance(value, int | float | str)}
+        if how == "refused" and not refusals:
+            raise
+        logging.getLogger("curvlab").warning("%s, %s: %s; recorded as %s", editor, told, error, how)
+        row = dict.fromkeys(MEASURED, math.nan) | {"diverged": 1, "stopped": how}
         row |= {"edit_seconds": time.perf_counter() - started, "peak_bytes": peak(setup.device)}
         options = settings
     else:

@@ -248,7 +248,9 @@ def run_trial(config: Config, preset: Preset, trial: Trial, origin: Row) -> list
     bench = prepare(setup)
     layers = None if trial.editor in LOCATING else bench.layers
     settings = settings_of(preset, bench, trial)
-    measured = edit_and_measure(bench, trial.editor, settings, layers=layers, harness=config.harness, cases=CASES)
+    measured = edit_and_measure(
+        bench, trial.editor, settings, layers=layers, harness=config.harness, cases=CASES, refusals=True
+    )
     row: Row = {
         "study": "paper_tables", "model": setup.model, "editor": trial.editor, "settings": describe(trial.options),
         "split": setup.split, "capability_set": setup.capability, "seed": setup.seed, **measured,
@@ -258,12 +260,12 @@ def run_trial(config: Config, preset: Preset, trial: Trial, origin: Row) -> list
 
 
 def content_of(setup: Setup) -> str:
-    """A hash of what a setup's model and files hold."""
-    world = world_of(setup)
-    files = [setup.capability, setup.edits] if world is None else []
-    folder = setup.folder or Path()
-    files += [str(path) for path in (*folder.glob("edits/*.json*"), *folder.glob("text/*"))] if world is None else []
-    hashes = [hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in sorted(files) if Path(f).is_file()]
+    """A hash of what a setup's world and files hold."""
+    world, folder = world_of(setup), setup.folder or Path()
+    files = [Path(setup.capability), Path(setup.edits)]
+    if world is None or setup.edits not in world.sources:
+        files += [*folder.glob("edits/*.json*"), *folder.glob("text/*")]
+    hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(files) if file.is_file()]
     return fingerprint({"world": world.fingerprint if world else "", "files": hashes})
 
 

@@ -77,11 +77,11 @@ def test_a_method_that_breaks_the_model_is_no_rival() -> None:
 
 def test_one_difference_the_other_way_and_the_finding_fails() -> None:
     names = {"whole text": 0.9, "target only": 0.3, "target's loss, all positions": 0.9}
-    rows = [line("table6", f"{row}, data labels", reliability=r, capability_kept=r) for row, r in names.items()]
-    rows += [line("table6", f"{row}, model labels", reliability=0.2) for row in names]
+    rows = [line("table6", f"{row}, data labels", reliability=r, specificity=r) for row, r in names.items()]
+    rows += [line("table6", f"{row}, model labels", specificity=0.2) for row in names]
     found = verdicts(rows)
     assert of(found, "Factors of the masked prompt break") == REPRODUCES
-    assert of(found, "Were it to break") == FAILS  # positions mend it, labels do not
+    assert of(found, "Masked factors protect less") == FAILS  # positions mend it, labels do not
 
 
 def test_retention_compares_rounds() -> None:

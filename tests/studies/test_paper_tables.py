@@ -13,6 +13,7 @@ from instruct import TEXT, qwen25
 
 with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(str(STUDIES))
+    import editing_bench
     import paper_tables as study
 
 VARYING = ["edit_seconds", "curvature_seconds", "peak_bytes"]
@@ -99,6 +100,20 @@ def test_tuning_is_on_the_other_half_and_recorded(environment: dict[str, str], t
     assert set(both["table"]) == {"table1", "table4"}
     same = both[both["table"] == "table1"].reset_index(drop=True)
     pd.testing.assert_frame_equal(same.drop(columns=VARYING), first.drop(columns=VARYING), check_dtype=False)
+
+
+def test_an_editor_that_refuses_is_a_row_where_others_go_on(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CURVLAB_CACHE", environment["CURVLAB_CACHE"])
+    bench = editing_bench.prepare(editing_bench.Setup("embedded", "tiny", "generated", 2, 5, 3, 0))
+    given = {"editor": "crispedit-seq", "settings": {"curvature": "ekfac"}, "layers": bench.layers}
+    row = editing_bench.edit_and_measure(bench, **given, refusals=True)
+    assert (row["stopped"], row["diverged"]) == ("refused", 1)
+    assert row["edit_success"] != row["edit_success"]
+    assert "do not merge over rounds; use 'kfac'; recorded as refused" in caplog.text
+    with pytest.raises(ValueError, match="do not merge over rounds"):
+        editing_bench.edit_and_measure(bench, **given)
 
 
 def test_a_real_models_files_with_the_papers_settings(environment: dict[str, str], tmp_path: Path) -> None:
