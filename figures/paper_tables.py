@@ -70,9 +70,10 @@ def summary(table: pd.DataFrame) -> str:
 
 def _head(table: pd.DataFrame) -> str:
     first, seeds = table.iloc[0], sorted(set(table["seed"]))
+    commits = ", ".join(dict.fromkeys(map(str, table["commit"])))
     return (
         "# The paper's tables at this scale\n\n"
-        f"`studies/paper_tables.py --preset {first['preset']}` at commit {first['commit']}, world {first['dataset']}, "
+        f"`studies/paper_tables.py --preset {first['preset']}` at commit {commits}, world {first['dataset']}, "
         f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}. Generated answers and exact match unless said "
         "otherwise; %, means over seeds with 95 % intervals over the items asked. *Kept* is the mean accuracy on other "
         "facts and on the tasks (in the paper: on its five benchmarks) as a share of the unedited model's. The "

@@ -78,7 +78,7 @@ def test_tuning_is_on_the_other_half_and_recorded(environment: dict[str, str], t
     assert "1 edits for the tables" not in done.stdout
     tuning = pd.read_csv(out / "tuning.csv")
     tried = tuning[tuning["editor"] == "ft"]
-    assert tried["settings"].tolist() == ["lr 0.001", "lr 0.005"]
+    assert tried["settings"].tolist() == ["lr 0.002", "lr 0.001"]
     assert tuning["split"].eq("train").all()
     assert tried["chosen"].sum() == 1
     assert tried.loc[tried["chosen"], "score"].item() == tried["score"].max()
