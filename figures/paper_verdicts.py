@@ -169,18 +169,22 @@ def _aggressive(lines: Lines, table: pd.DataFrame, edits: str) -> Finding:
     )
 
 
-def _projection(lines: Lines, table: pd.DataFrame, edits: str) -> Finding:
-    return Finding(
-        "The projection is what keeps capabilities: CrispEdit keeps more than fine-tuning, and edits no worse",
-        "Tables 1 and 7",
-        _published(edits, "table1", ("FT", "CrispEdit"), KEPT, "kept"),
-        (
-            _minus(lines, "CrispEdit", "FT", KEPT),
-            _minus(lines, "CrispEdit", "FT", "recall"),
-            _minus(lines, "CrispEdit", "FT", "specificity"),
-            _minus(lines, "CrispEdit", "FT", SUCCESS, -MATTERS),
-        ),
-    )
+def _projection(what: str, source: str, name: str) -> Build:
+    def build(lines: Lines, table: pd.DataFrame, edits: str) -> Finding:
+        return Finding(
+            "The projection is what keeps capabilities: CrispEdit keeps more than fine-tuning, and edits no worse"
+            + what,
+            source,
+            _published(edits, name, ("FT", "CrispEdit"), KEPT, "kept"),
+            (
+                _minus(lines, "CrispEdit", "FT", KEPT),
+                _minus(lines, "CrispEdit", "FT", "recall"),
+                _minus(lines, "CrispEdit", "FT", "specificity"),
+                _minus(lines, "CrispEdit", "FT", SUCCESS, -MATTERS),
+            ),
+        )
+
+    return build
 
 
 def _alphaedit(lines: Lines, table: pd.DataFrame, edits: str) -> Finding:
@@ -351,7 +355,11 @@ def _gamma(lines: Lines, table: pd.DataFrame, edits: str) -> Finding:
         "Table 8",
         _numbers(edits, "table8", "gamma", "γ", (0.5, 0.7, 0.9, 0.99)),
         tuple(
-            Evidence(f"10 − |{'edit success' if m == SUCCESS else 'kept'} at γ = 0.7 − at 0.95|", _room(lines, m), 0.0)
+            Evidence(
+                f"10 − difference of {'edit success' if m == SUCCESS else 'kept'}, γ = 0.7 and 0.95",
+                _room(lines, m),
+                0.0,
+            )
             for m in (SUCCESS, KEPT)
         ),
     )
@@ -387,15 +395,21 @@ FINDINGS: dict[str, tuple[Maker, ...]] = {
         (("base", "CrispEdit", "FT"), _tops),
         (("base", "CrispEdit"), _intact),
         (("base", "MEMIT", "MEND", "FT", "Adam-NSCL"), _aggressive),
-        (("base", "CrispEdit", "FT"), _projection),
+        (("base", "CrispEdit", "FT"), _projection("", "Table 1", "table1")),
         (("base", "CrispEdit", "AlphaEdit"), _alphaedit),
         (("base", "CrispEdit-Seq", "FT Sequential"), _sequential),
         (("CrispEdit-Seq", "FT Sequential"), _retention),
         (("FT", "CrispEdit"), _forced),
         (("CrispEdit", "FT", "AlphaEdit"), _fast),
     ),
-    "table4": ((("base", "CrispEdit"), _more), (("base", "CrispEdit", "FT"), _projection)),
-    "table5": ((("base", "CrispEdit", "FT"), _family),),
+    "table4": (
+        (("base", "CrispEdit"), _more),
+        (("base", "CrispEdit", "FT"), _projection(" (three times the edits)", "Table 4", "table4")),
+    ),
+    "table5": (
+        (("base", "CrispEdit", "FT"), _family),
+        (("base", "CrispEdit", "FT"), _projection(" (another family)", "Table 5", "table5")),
+    ),
     "table6": (
         (("whole text, data labels", "target only, data labels"), _masking),
         (("target only, data labels", "target only, model labels"), _cause),
