@@ -182,6 +182,8 @@ def _unprojected(run: Run) -> None:
 @fault("update-weight-decay", "Weight decay shrinks the weights beside the projected steps.",
        VISIBLE, "update", ("edit",))  # fmt: skip
 def _decay(run: Run) -> None:
+    if int((~run.kept).sum()) < 6:
+        raise NoDifference("in so few removed directions any step outside has nearly the weights' direction")
     run.edited = run.edited - 0.03 * run.base
 
 

@@ -14,6 +14,7 @@ from curvlab.crosscheck.parts import Part
 SGD = 0.999  # cosine from which an update counts as proportional
 
 SCATTER = 4.0  # standard deviations of the share of a random update, in a few removed directions
+TELLING = 6  # removed directions from which on a chance direction in them is not that of the weights
 SIGNS = 0.99  # share of equal signs (by magnitude) from which an update is an elementwise scaling
 
 
@@ -73,8 +74,11 @@ def inside(part: Part, change: Change, constraint: Allowed) -> list[Finding]:
 
 
 def _decay(change: Change, constraint: Allowed, limit: float) -> float | None:
-    """d > 0 where what lies outside is −d·W, to a tenth and to round-off: weight decay; None else."""
-    if change.base is None:
+    """d > 0 where what lies outside is −d·W, to a tenth and to round-off: weight decay; None else.
+
+    None, too, where so few directions are removed that anything outside has nearly the weights' direction in them.
+    """
+    if change.base is None or constraint.removed * change.delta.numel() < TELLING:
         return None
     outside, own = (t - constraint.project(t) for t in (change.delta, change.base))
     size = float(own.square().sum())
@@ -82,7 +86,8 @@ def _decay(change: Change, constraint: Allowed, limit: float) -> float | None:
         return None
     d = -float((outside * own).sum()) / size
     rest = float((outside + d * own).norm())
-    return d if d > 0 and rest <= max(0.1 * float(outside.norm()), limit * float(change.delta.norm())) else None
+    found = float(outside.norm())
+    return d if d > 0 and rest <= max(0.1 * found, min(0.3 * found, limit * float(change.delta.norm()))) else None
 
 
 def _odds(share: float) -> float:

@@ -280,6 +280,16 @@ def test_weight_decay_is_told_from_a_leak(rate: float) -> None:
     assert grown.fault != "update-weight-decay"  # no decay makes weights larger
 
 
+def test_in_one_removed_direction_a_step_outside_is_no_weight_decay() -> None:
+    """There it is proportional to the weights' own part, whatever led to it."""
+    s = Setting(0)
+    s.mask = torch.ones_like(s.mask)
+    s.mask[0, 0] = False
+    for sign in (1.0, -1.0):
+        found = one(check(s.part(base=s.base, edited=s.base + sign * 0.05 * s.gradient), None, None), "update-subspace")
+        assert found.fault in ("update-adam-leak", "update-outside-subspace")
+
+
 def test_a_checkpoint_stored_after_the_edit_alone_is_held_against_the_model() -> None:
     model = llama(0)
     weights = {k: v.clone() for k, v in model.state_dict().items() if k != "lm_head.weight"}
