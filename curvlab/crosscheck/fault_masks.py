@@ -174,7 +174,11 @@ def _output_side(run: Run) -> None:
 
 @fault("update-outside-subspace", "The step was not projected.", ERROR, "update", ("edit",))
 def _unprojected(run: Run) -> None:
-    if (run.gradient - run.project(run.gradient)).norm() < 0.5 * run.gradient.norm():
+    removed = int((~run.kept).sum())
+    inside, whole = (float(t.square().sum()) for t in (run.project(run.gradient), run.gradient))
+    # energy outside to inside, of random directions: removed to kept, and five standard deviations of the few
+    chance = removed / max(run.kept.numel() - removed, 1) * (1 + 5 / (2 * max(removed, 1)) ** 0.5) ** 2
+    if (whole - inside) < chance * inside:
         raise NoDifference("so little is removed that a step outside looks like one whose direction is random")
     run.edited = run.base - 0.5 * run.gradient
 

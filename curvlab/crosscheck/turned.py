@@ -12,6 +12,7 @@ from curvlab.crosscheck.sides import WEIGHTS, conv1d_name
 from curvlab.layers import LayerShape, TransposedLayer
 
 PLAIN = 0.03  # share outside the subspace below which an update was plainly projected
+LUCK = 1e-3  # odds at which an update of random direction passes for projected, where few directions are removed
 CLEARLY = 5.0  # times that share, in the other orientation
 
 
@@ -74,7 +75,9 @@ def _inside(part: Part) -> str | None:
     delta = delta.double()
     for constraint in allowed(part, (delta.shape[0], delta.shape[1]), None):
         stands, across = _outside(constraint, delta), _outside(constraint, delta.mT)
-        if min(stands, across) < PLAIN and max(stands, across) > CLEARLY * min(stands, across):
+        removed = max(constraint.removed * delta.numel(), 1.0)
+        plain = min(PLAIN, max(constraint.removed, 0.0) ** 0.5 * LUCK ** (1 / removed))
+        if min(stands, across) < plain and max(stands, across) > CLEARLY * min(stands, across):
             return "stands" if stands < across else "turned"
     return None
 

@@ -57,6 +57,23 @@ def test_a_square_update_outside_in_both_is_read_by_its_name() -> None:
         assert [f.fault for f in found if f.check == "update-subspace"] != [None]
 
 
+def test_one_removed_direction_missed_by_chance_turns_nothing() -> None:
+    """Transposed, the unprojected step lies nearly inside: as one random step in a hundred does."""
+    m = made((12, 12))
+    mask = torch.ones_like(m.M)
+    mask[0, 0] = False
+    u, v = m.Ub[:, 0], m.Ua[:, 0]
+    base, step = torch.randn(2, 12, 12, generator=torch.Generator().manual_seed(9))
+    step += 10 * torch.outer(u, v) - (v @ step @ u + 10 * (v @ u) ** 2 - 0.05) * torch.outer(v, u)
+    files = edited(m, "model.layers.1.mlp.down_proj", turned=False)[:1]
+    files += [Stored(Path("cache_model.layers.1.mlp.down_proj.pt"), "torch zip", {"Ua": m.Ua, "Ub": m.Ub, "M": mask})]
+    for name, W in (("base", base), ("edited", base - 0.01 * step)):
+        files.append(Stored(Path(f"{name}.safetensors"), "safetensors", {"model.layers.1.mlp.down_proj.weight": W}))
+    part, found = checked(files)
+    assert not part.items["base"].transposed
+    assert [f.fault for f in found if f.check == "update-subspace"] == ["update-outside-subspace"]
+
+
 def test_the_model_s_layer_tells() -> None:
     layers: dict[str, LayerShape] = {own.name: own for own in supported_layers(gpt2(0))}
     square = "transformer.h.1.attn.c_proj"
