@@ -1,6 +1,7 @@
 """MEND: its network, its edits and its training against plain computations in float64, and its files."""
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ from curvlab.data.edits import Request
 from curvlab.editing import edit, meta_learning
 from curvlab.editing.hypernetwork import Hypernetwork
 from curvlab.editing.meta_draws import draw, related, unrelated_texts
-from curvlab.editing.meta_learning import losses_of
+from curvlab.editing.meta_learning import losses_of, train_network
 from curvlab.editing.methods import mend as mend_module
 from curvlab.editing.methods.mend import MEND
-from curvlab.editing.rank_one import Factors
+from curvlab.editing.rank_one import Factors, rank_one_factors
 from curvlab.layers import LayerShape, find_layers
 from curvlab.storage import save_tensors
 
@@ -215,6 +216,39 @@ def test_training_teaches_and_is_kept(tmp_path: Path, monkeypatch: pytest.Monkey
         from_file.undo()
     edit(model, TOKENIZER, REQUESTS[2:], network=file, **given).undo()  # other requests, the same network
     assert same(state(model), before)
+
+
+def test_training_steps_by_hand(tmp_path: Path) -> None:
+    """Adam on c_edit · edit + c_loc · locality, clipped; the α's with a learning rate of their own."""
+    model, names = small()
+    layers, texts = find_layers(model, names), unrelated_texts(TRAIN, DOCUMENTS)
+    own: dict[str, Any] = {"c_edit": 0.3, "c_loc": 50.0, "lr": 1e-2, "lr_lr": 3e-3, "edit_lr": 1e-2, "clip": 0.1}
+    options = MEND(**FEW | own)
+    found = train_network(model, TOKENIZER, layers, TRAIN, texts, options, seed=5, checkpoint=tmp_path / "training")
+
+    expected = Hypernetwork(layers, rank=8, edit_lr=1e-2, seed=5).double()
+    factors = [rank_one_factors(model, options.batches(TOKENIZER, [r]), layers, desc="")[0] for r in TRAIN]
+    expected.observe({name: Factors.cat([each[name] for each in factors]) for name in names})
+    parameters = [*expected.networks.parameters(), expected.alpha]
+    adams = [torch.optim.Adam(parameters[:-1], lr=1e-2), torch.optim.Adam(parameters[-1:], lr=3e-3)]
+    norms = []
+    for step in range(4):
+        edited, asked, left = draw(TRAIN, texts, 3, 2, seed=5, step=step)
+        delta = expected({name: Factors.cat([factors[i][name] for i in edited]) for name in names})
+        edit_loss, locality = losses_of(model, TOKENIZER, layers, delta, asked, left, options)
+        slopes = torch.autograd.grad(0.3 * edit_loss + 50.0 * locality, parameters)
+        norms.append(math.sqrt(sum(slope.square().sum().item() for slope in slopes)))
+        for p, slope in zip(parameters, slopes, strict=True):
+            p.grad = slope * min(1.0, 0.1 / (norms[-1] + 1e-6))
+        for adam in adams:
+            adam.step()
+        assert found.record["edit_losses"][step] == pytest.approx(edit_loss.item(), rel=1e-7)
+        assert found.record["locality_losses"][step] == pytest.approx(locality.item(), rel=1e-6)
+    assert max(norms) > 0.1
+    tensors = expected.tensors()
+    for name, value in found.tensors().items():
+        if name != "prompts":
+            torch.testing.assert_close(value, tensors[name], rtol=1e-6, atol=1e-9)
 
 
 def test_an_interrupted_training_goes_on_to_the_same_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
