@@ -82,7 +82,7 @@ def write(table: pd.DataFrame, folder: Path) -> Path:
         if found:
             lines = ["| finding | paper | here | verdict |", "| --- | --- | --- | --- |"]
             for f in found:
-                here = "<br>".join(map(str, f.evidence))
+                here = "<br>".join(map(str, f.evidence)).replace("|", "\\|")
                 lines.append(f"| {f.statement} ({f.source}) | {f.paper} | {here} | **{f.verdict}** |")
             parts.append(f"## {edits}\n\n" + "\n".join(lines))
     path = folder / "verdicts.md"
