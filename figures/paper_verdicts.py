@@ -220,6 +220,8 @@ def _retention(lines: Lines, table: pd.DataFrame, edits: str) -> Finding:
     for row in ROUNDS:
         if row in lines and row in ("CrispEdit-Seq", "FT Sequential"):
             shares = [by_round(str(a), int(n)) for a, n in zip(lines[row]["learnt"], lines[row]["chunk"], strict=True)]
+            if min(map(len, shares)) < 2:  # of one round nothing is earlier
+                continue
             first, last = (100 * sum(s[i] for s in shares) / len(shares) for i in (0, -1))
             n = sum(min(int(c), len(str(a))) for a, c in zip(lines[row]["learnt"], lines[row]["chunk"], strict=True))
             half = 196 * math.sqrt(sum(p / 100 * (1 - p / 100) / n for p in (first, last)))
