@@ -1,7 +1,12 @@
 """What a command cannot do is said in one line on standard error, before any work, with exit status 2."""
 
 import sys
+from pathlib import Path
 from typing import NoReturn
+
+import torch
+
+from curvlab.storage import require_writable
 
 
 class Refusal(SystemExit):
@@ -16,3 +21,15 @@ def refuse(message: object) -> NoReturn:
     """Say why, such as an option's name and what would be right, and end the program."""
     print(message, file=sys.stderr)
     raise Refusal(str(message))
+
+
+def refuse_unusable(device: str, out: Path) -> None:
+    """Refuse a device (--device) that torch cannot use here, and a folder of results (--out) that cannot be written."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        refuse(f"--device {device}: {error}")
+    try:
+        require_writable(out)
+    except PermissionError as error:
+        refuse(f"--out: {error}")

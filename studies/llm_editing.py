@@ -20,7 +20,6 @@ from typing import Any, Literal, cast
 import editing_bench
 import joblib
 import pandas as pd
-import torch
 import tyro
 from editing_bench import Bench, Setup, edit_and_measure, prepare, with_kept, world_of
 from tqdm import tqdm
@@ -33,8 +32,7 @@ from curvlab.evaluation.tradeoff import best_at
 from curvlab.memory import human
 from curvlab.models.language import EMBEDDED
 from curvlab.records import Row, cached_rows, fingerprint, provenance, write_table
-from curvlab.refusal import refuse
-from curvlab.storage import require_writable
+from curvlab.refusal import refuse, refuse_unusable
 from figures.llm_editing import draw
 
 # what is varied of each editor; the others run once a seed
@@ -193,14 +191,7 @@ def resolve(config: Config) -> tuple[Config, Preset]:
         refuse("--edits world: the world's facts are known to the embedded models only")
     if not config.embedded and config.folder is None and (config.capability is None or config.edits is None):
         refuse("give --data (or CURVLAB_DATA), or both --edits FILE and --capability FILE")
-    try:
-        torch.empty(0, device=config.device)
-    except (RuntimeError, AssertionError) as error:
-        refuse(f"--device {config.device}: {error}")
-    try:
-        require_writable(config.out)
-    except PermissionError as error:
-        refuse(f"--out: {error}")
+    refuse_unusable(config.device, config.out)
     default_edits = "world" if config.embedded else "counterfact"
     return replace(config, edits=config.edits or default_edits), preset
 

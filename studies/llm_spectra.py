@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
-import torch
 import tyro
 from tqdm import tqdm
 
@@ -36,9 +35,8 @@ from curvlab.memory import human, peak
 from curvlab.models.language import EMBEDDED, embedded_model, load_language_model
 from curvlab.projector import overlap
 from curvlab.records import Row, cached_rows, fingerprint, provenance, write_table
-from curvlab.refusal import refuse
+from curvlab.refusal import refuse, refuse_unusable
 from curvlab.spectrum import Spectrum, log_spaced
-from curvlab.storage import require_writable
 from figures.llm_spectra import draw
 
 METHODS = ("kfac", "ekfac", "covariance")
@@ -119,14 +117,7 @@ def resolve(config: Config) -> tuple[Config, Preset]:
         config = replace(config, capability=Path(folder) / "text" / "wikitext2_valid.txt")
     if config.capability is not None and not config.capability.is_file():
         refuse(f"--capability: no such file: {config.capability}")
-    try:
-        torch.empty(0, device=config.device)
-    except (RuntimeError, AssertionError) as error:
-        refuse(f"--device {config.device}: {error}")
-    try:
-        require_writable(config.out)
-    except PermissionError as error:
-        refuse(f"--out: {error}")
+    refuse_unusable(config.device, config.out)
     return config, replace(preset, gammas=tuple(sorted(preset.gammas)))
 
 

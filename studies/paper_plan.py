@@ -34,6 +34,8 @@ def _grid(name: str, *values: Any, **fixed: Any) -> tuple[Options, ...]:
     return tuple(_options(**{name: value}, **fixed) for value in values)
 
 
+FEW = 0.03  # of the capability documents: thirty of a thousand, as the paper's CrispEdit-Seq has
+
 # of the locate-and-edit methods; "ignored" edits at the prompt's last token instead of the subject's: in a model of two
 # layers the subject's token does not know yet what is asked, and five facts share it
 LOCATED: dict[str, Any] = {"prefixes": 2, "damping": 1e-2}
@@ -179,7 +181,7 @@ def table6(base: Base) -> Iterator[Wanted]:
 
     As in the paper few capability documents and γ = 0.999, where the edits' factors count for most of the sum.
     """
-    few = replace(base.setup, n_capability=max(2, round(0.03 * base.setup.n_capability)))
+    few = with_documents(base.setup, FEW)
     yield Wanted("table6", NAMES["none"], few, "none")
     for labels in ("data", "model"):
         setup = replace(few, labels=labels)
@@ -192,16 +194,16 @@ def table6(base: Base) -> Iterator[Wanted]:
 
 def table7(base: Base) -> Iterator[Wanted]:
     """The size of the capability set, none and another one included. Also behind Fig. 5."""
-    setup, most = base.setup, base.setup.n_capability
+    setup, most, options = base.setup, base.setup.n_capability, with_options(base.crispedit, gamma=0.9)
     yield Wanted("table7", NAMES["none"], setup, "none")
     yield Wanted("table7", "No Projection (FT)", setup, "ft", with_options(base.crispedit, gamma=None), 0)
     for share in (0.01, 0.03, 0.1, 0.3, 1.0, 3.0):
-        n = max(2, round(share * most))
-        options = with_options(base.crispedit, gamma=0.9)
-        yield Wanted("table7", f"n = {n}", replace(setup, n_capability=n), "crispedit", options, n)
+        sized = with_documents(setup, share)
+        n = sized.n_capability
+        yield Wanted("table7", f"n = {n}", sized, "crispedit", options, n)
     stories = replace(setup, capability="stories")
     if setup.embedded and setup.capability == "world":
-        yield Wanted("table7", "stories only", stories, "crispedit", with_options(base.crispedit, gamma=0.9), most)
+        yield Wanted("table7", "stories only", stories, "crispedit", options, most)
 
 
 def table8(base: Base) -> Iterator[Wanted]:
@@ -215,8 +217,8 @@ def table8(base: Base) -> Iterator[Wanted]:
 def merge(base: Base) -> Iterator[Wanted]:
     """How Seq weights the capability set against earlier edits: by tokens, or a fixed share; few documents and many."""
     yield Wanted("merge", NAMES["none"], base.setup, "none")
-    for n in (max(2, round(0.03 * base.setup.n_capability)), base.setup.n_capability):
-        setup = replace(base.setup, n_capability=n)
+    for setup in (with_documents(base.setup, FEW), base.setup):
+        n = setup.n_capability
         yield Wanted("merge", f"tokens, n = {n}", setup, "crispedit-seq", with_options(base.seq, weights="tokens"), n)
         for share in (0.5, 0.9):
             options = with_options(base.seq, weights="share", share=share)
@@ -242,6 +244,11 @@ def plans_of(tables: tuple[str, ...]) -> list[str]:
         raise ValueError(f"--tables: unknown {unknown}; choose from {', '.join(known)}")
     asked = set(PLANS) if "all" in tables else {BEHIND.get(name, name) for name in tables}
     return [name for name in PLANS if name in asked]
+
+
+def with_documents(setup: Setup, share: float) -> Setup:
+    """The setup with a share of its capability documents, at least two."""
+    return replace(setup, n_capability=max(2, round(share * setup.n_capability)))
 
 
 def with_options(options: Options, **changed: Any) -> Options:

@@ -5,8 +5,8 @@
 Tunes every method on a half of the facts that is not edited afterwards, by the same budget, edits the other half, and
 writes DIR/results.csv (one row a table, method, setting, edit set and seed), DIR/tuning.csv, DIR/cases.json, the tables
 with the paper's numbers beside ours (DIR/tables.md), the figures, and DIR/verdicts.md: what reproduces and what does
-not. Edits that several tables ask for are made once. An interrupted run continues where it stopped when it is started
-again with the same arguments; another --tables adds to what is there.
+not, of the tables asked for. Edits that several tables ask for are made once, and kept: an interrupted run continues
+where it stopped when it is started again with the same arguments, and more --tables cost only what they add.
 """
 
 import hashlib
@@ -22,7 +22,6 @@ import editing_bench
 import joblib
 import pandas as pd
 import paper_plan
-import torch
 import tyro
 from editing_bench import Bench, Setup, available, draw_requests, edit_and_measure, prepare, with_kept, world_of
 from paper_plan import (
@@ -49,8 +48,8 @@ from curvlab.editing.footprint import Plan, announced
 from curvlab.memory import human
 from curvlab.models.language import EMBEDDED
 from curvlab.records import Row, cached_rows, fingerprint, provenance, write_table
-from curvlab.refusal import refuse
-from curvlab.storage import replacing, require_writable
+from curvlab.refusal import refuse, refuse_unusable
+from curvlab.storage import replacing
 from figures import paper_figures, paper_tables, paper_verdicts
 
 MINUTES = 0.5  # of one core, an edit of the default preset with its evaluation, a mean over the methods
@@ -177,14 +176,7 @@ def resolve(config: Config) -> tuple[Config, Preset, list[str]]:
             refuse(
                 f"--model {name}: give --data (or CURVLAB_DATA), where its capability text lies, or --capability FILE"
             )
-    try:
-        torch.empty(0, device=config.device)
-    except (RuntimeError, AssertionError) as error:
-        refuse(f"--device {config.device}: {error}")
-    try:
-        require_writable(config.out)
-    except PermissionError as error:
-        refuse(f"--out: {error}")
+    refuse_unusable(config.device, config.out)
     return config, replace(preset, editors=tuple(dict.fromkeys(("none", *preset.editors)))), plans
 
 
