@@ -41,6 +41,7 @@ from curvlab.memory import human, peak
 from curvlab.models import pretrained_lenet
 from curvlab.projector import NullSpace, overlap
 from curvlab.records import Row, cached_rows, fingerprint, provenance, write_table
+from curvlab.refusal import refuse, refuse_unusable
 from curvlab.spectrum import DenseBasis, KroneckerBasis, Spectrum
 from curvlab.sweep import one_minus_powers, sweep
 from figures.authors_protocol import draw
@@ -167,19 +168,16 @@ def resolve(config: Config) -> tuple[Config, Preset]:
             preset = replace(preset, **{name: getattr(config, name)})
     unknown = sorted(set(config.variants) - set(VARIANTS))
     if unknown:
-        raise SystemExit(f"--variants: unknown {unknown}; choose from {', '.join(VARIANTS)}")
+        refuse(f"--variants: unknown {unknown}; choose from {', '.join(VARIANTS)}")
     asked = config.variants or tuple(VARIANTS)
     asked += tuple(VARIANTS[name].method for name in asked)
     if not preset.seeds or len(set(preset.seeds)) < len(preset.seeds):
-        raise SystemExit(f"--seeds must be distinct and at least one, got {list(preset.seeds)}")
+        refuse(f"--seeds must be distinct and at least one, got {list(preset.seeds)}")
     if preset.lr <= 0 or min(preset.epochs, config.batch_size, config.curvature_batch) < 1:
-        raise SystemExit("--lr, --epochs, --batch-size and --curvature-batch must be positive")
+        refuse("--lr, --epochs, --batch-size and --curvature-batch must be positive")
     if config.drift < 0 or config.jobs < 0:
-        raise SystemExit("--drift and --jobs must not be negative")
-    try:
-        torch.empty(0, device=config.device)
-    except (RuntimeError, AssertionError) as error:
-        raise SystemExit(f"--device {config.device}: {error}") from error
+        refuse("--drift and --jobs must not be negative")
+    refuse_unusable(config.device, config.out)
     return replace(config, variants=tuple(name for name in VARIANTS if name in asked)), preset
 
 
@@ -374,7 +372,7 @@ def main(config: Config) -> None:
     try:
         pair = images(config.dataset, config.data)
     except (FileNotFoundError, ValueError) as error:
-        raise SystemExit(str(error)) from error
+        refuse(error)
     if pair.note:
         print(f"\n*** {pair.note} ***\n", flush=True)
     wrong = Path(__file__).with_name("authors_curvatures.py")

@@ -31,6 +31,7 @@ from curvlab.crosscheck import Report, crosscheck
 from curvlab.crosscheck.faults import FAULTS, KINDS, STORAGES, Artefact, Kind, NoDifference, Storage, make
 from curvlab.progress import progress
 from curvlab.records import Row, provenance
+from curvlab.refusal import refuse
 from curvlab.storage import replacing
 from figures.conformance import draw
 
@@ -236,7 +237,7 @@ def summary(rows: list[Row]) -> pd.DataFrame:
 def main(config: Config) -> int:
     unknown = [name for name in config.faults if name not in FAULTS]
     if unknown:
-        raise SystemExit(f"no faults {unknown}; there are {', '.join(FAULTS)}")
+        refuse(f"no faults {unknown}; there are {', '.join(FAULTS)}")
     torch.set_num_threads(1)
     rows = run(config)
     table = summary(rows)

@@ -34,6 +34,7 @@ from curvlab.memory import human, peak
 from curvlab.models import LeNet5, pretrained_lenet
 from curvlab.projector import Constraint, NullSpace
 from curvlab.records import Row, cached_rows, fingerprint, provenance, write_table
+from curvlab.refusal import refuse, refuse_unusable
 from curvlab.sweep import one_minus_powers, sweep
 from figures.tradeoff import TASK_NAMES, axis_start, draw
 
@@ -131,21 +132,21 @@ def resolve(config: Config) -> tuple[Config, Preset]:
             preset = replace(preset, **{name: getattr(config, name)})
     unknown = sorted(set(config.methods) - set(METHODS))
     if unknown or not config.methods:
-        raise SystemExit(f"--methods: unknown {unknown}; choose from {', '.join(METHODS)}")
+        refuse(f"--methods: unknown {unknown}; choose from {', '.join(METHODS)}")
     bad = [g for g in (*preset.gammas, *preset.dense_gammas) if not 0 < g < 1]
     if bad:
-        raise SystemExit(f"--gammas must lie strictly between 0 and 1, got {bad}")
+        refuse(f"--gammas must lie strictly between 0 and 1, got {bad}")
     if any(not (math.isfinite(e) and e > 0) for e in preset.epsilons):
-        raise SystemExit(f"--epsilons must be positive and finite, got {list(preset.epsilons)}")
+        refuse(f"--epsilons must be positive and finite, got {list(preset.epsilons)}")
     if not preset.seeds or len(set(preset.seeds)) < len(preset.seeds):
-        raise SystemExit(f"--seeds must be distinct and at least one, got {list(preset.seeds)}")
+        refuse(f"--seeds must be distinct and at least one, got {list(preset.seeds)}")
     if config.drift < 0 or preset.lr <= 0 or preset.epochs < 1 or config.batch_size < 1 or config.jobs < 0:
-        raise SystemExit("--lr, --epochs and --batch-size must be positive, --drift and --jobs not negative")
+        refuse("--lr, --epochs and --batch-size must be positive, --drift and --jobs not negative")
     try:
-        torch.empty(0, device=config.device)
         find_layers(LeNet5(), config.layer)
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise SystemExit(f"--device {config.device} / --layer {config.layer}: {error}") from error
+    except ValueError as error:
+        refuse(f"--layer {config.layer}: {error}")
+    refuse_unusable(config.device, config.out)
     if config.optimizer == "adam" and preset.lr == PRESETS[config.preset].lr and config.lr is None:
         preset = replace(preset, lr=preset.lr / 10)  # Adam's steps do not shrink with the gradient
     return config, preset
@@ -378,7 +379,7 @@ def main(config: Config) -> None:
     try:
         pair = images(config.dataset, config.data)
     except (FileNotFoundError, ValueError) as error:
-        raise SystemExit(str(error)) from error
+        refuse(error)
     if pair.note:
         print(f"\n*** {pair.note} ***\n", flush=True)
     origin = pair.provenance() | provenance(__file__) | {"threads": 1}

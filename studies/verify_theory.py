@@ -41,6 +41,7 @@ from curvlab.losses import CrossEntropy
 from curvlab.models import MLP, pretrain
 from curvlab.models.characters import character_model, pieces
 from curvlab.records import Row, cached_rows, fingerprint, provenance
+from curvlab.refusal import refuse
 from curvlab.storage import replacing
 from curvlab.theory import Case, Check, Setting, random_setting
 from curvlab.theory.mismatch import take
@@ -682,11 +683,11 @@ def main(config: Config) -> None:
     torch.set_num_threads(1)  # before anything starts threads, which would not survive a fork
     unknown = sorted(set(config.claims) - set(CLAIMS))
     if unknown:
-        raise SystemExit(f"--claims: unknown {unknown}; choose from {sorted(CLAIMS)}")
+        refuse(f"--claims: unknown {unknown}; choose from {sorted(CLAIMS)}")
     try:
         pair = images(config.dataset, config.data)
     except (FileNotFoundError, ValueError) as error:
-        raise SystemExit(str(error)) from error
+        refuse(error)
     if pair.note:
         print(f"\n*** {pair.note} ***\n", flush=True)
     numbers = sorted(set(config.claims) or CLAIMS)

@@ -133,7 +133,7 @@ def test_bad_input_is_refused_before_any_work(
 ) -> None:
     started = time.time()
     done = run(environment, tmp_path / "out", *arguments)
-    assert done.returncode != 0
+    assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()

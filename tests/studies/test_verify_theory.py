@@ -123,7 +123,7 @@ def test_a_claim_that_raises_leaves_the_others_in_the_ledger(cache: Path, tmp_pa
 
 def test_unknown_claims(tmp_path: Path, cache: Path) -> None:
     done = run(tmp_path / "no", cache, "--claims", "99")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "unknown [99]" in done.stderr
     assert not (tmp_path / "no").exists()
 
