@@ -117,6 +117,13 @@ def output_width(model: nn.Module) -> int | None:
     return None if weight is None else int(weight.shape[0])
 
 
+def context_length(model: Any) -> int | None:
+    """Tokens that a language model takes at once; None where its configuration sets no limit."""
+    config = model.config
+    text = getattr(config, "get_text_config", lambda: config)()  # of a model that also sees images: its text part
+    return getattr(text, "max_position_embeddings", None) or None
+
+
 def examples_at_once(positions: int, width: int | None) -> int:
     """Examples of one forward pass, of so many positions each, with `width` outputs at each (None: not known)."""
     size = min(MICRO_BATCH, MICRO_POSITIONS // max(positions, 1))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from curvlab.layers import LayerShape, Matrices, flatten, unflatten
 from curvlab.spectrum import Basis, Block, DenseBasis, KroneckerBasis, Spectrum, pack_bases, unpack_bases
-from curvlab.storage import load_tensors, save_tensors
+from curvlab.storage import load_tensors, parsing, save_tensors
 
 
 @dataclass(frozen=True)
@@ -567,9 +567,10 @@ def _save(
 
 def _load(path: str | Path, kind: str) -> tuple[list[tuple[Basis, dict[str, Tensor]]], dict[str, Any]]:
     tensors, meta = load_tensors(path, kind)
-    bases = unpack_bases(tensors, meta["bases"])
-    own = [
-        {name.removeprefix(f"{i}."): t for name, t in tensors.items() if name.startswith(f"{i}.")}
-        for i in range(len(bases))
-    ]
-    return list(zip(bases, own, strict=True)), json.loads(meta["numbers"])
+    with parsing(path):
+        bases = unpack_bases(tensors, meta["bases"])
+        own = [
+            {name.removeprefix(f"{i}."): t for name, t in tensors.items() if name.startswith(f"{i}.")}
+            for i in range(len(bases))
+        ]
+        return list(zip(bases, own, strict=True)), json.loads(meta["numbers"])

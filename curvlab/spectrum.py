@@ -18,7 +18,7 @@ from torch import Tensor
 
 from curvlab.layers import LayerShape, Matrices, flatten, unflatten
 from curvlab.memory import announce, bytes_of
-from curvlab.storage import load_tensors, save_tensors
+from curvlab.storage import load_tensors, parsing, require_shape, save_tensors
 
 if TYPE_CHECKING:
     from curvlab.projector import Ellipsoid, NullSpace
@@ -363,11 +363,10 @@ class Spectrum:
             ValueError: a damaged file, or one of another kind.
         """
         tensors, meta = load_tensors(path, "spectrum")
-        blocks = zip(unpack_bases(tensors, meta["bases"]), json.loads(meta["numbers"]), strict=True)
-        return cls(
-            tuple(Block(basis, tensors[f"{i}.values"], *numbers) for i, (basis, numbers) in enumerate(blocks)),
-            json.loads(meta["scaled"]),
-        )
+        with parsing(path):
+            bases = zip(unpack_bases(tensors, meta["bases"]), json.loads(meta["numbers"]), strict=True)
+            blocks = [Block(b, values_of(tensors, i, b), *numbers) for i, (b, numbers) in enumerate(bases)]
+            return cls(tuple(blocks), json.loads(meta["scaled"]))
 
 
 def pack_bases(bases: Sequence[Basis]) -> tuple[dict[str, Tensor], str]:
@@ -379,7 +378,12 @@ def pack_bases(bases: Sequence[Basis]) -> tuple[dict[str, Tensor], str]:
 
 
 def unpack_bases(tensors: dict[str, Tensor], header: str) -> list[Basis]:
-    """The inverse of `pack_bases`."""
+    """The inverse of `pack_bases`.
+
+    Raises:
+        KeyError: a tensor, or an entry of the description, that is missing.
+        ValueError: vectors that are not of their layers' dimensions.
+    """
     bases: list[Basis] = []
     for i, entry in enumerate(json.loads(header)):
         layers = tuple(LayerShape(**layer) for layer in entry["layers"])
@@ -387,7 +391,24 @@ def unpack_bases(tensors: dict[str, Tensor], header: str) -> list[Basis]:
             bases.append(DenseBasis(layers, tensors[f"{i}.vectors"]))
         else:
             bases.append(KroneckerBasis(layers[0], tensors.get(f"{i}.u_out"), tensors[f"{i}.u_in"]))
+        dims = {"vectors": sum(l.size for l in layers), "u_out": layers[0].d_out, "u_in": layers[0].d_in}
+        for name, t in bases[-1].tensors().items():
+            require_shape(f"{i}.{name}", t, (dims[name], t.shape[-1]))
     return bases
+
+
+def values_of(tensors: dict[str, Tensor], i: int, basis: Basis) -> Tensor:
+    """The eigenvalues of block `i` among the tensors of a file.
+
+    Raises:
+        KeyError: they are missing.
+        ValueError: they do not fit the basis, or are not finite.
+    """
+    found = tensors[f"{i}.values"]
+    require_shape(f"{i}.values", found, basis.shape)
+    if not bool(found.isfinite().all()):
+        raise ValueError(f"'{i}.values' has entries that are not finite")
+    return found
 
 
 def dense_spectrum(C: Tensor, layers: Sequence[LayerShape], semidefinite: bool) -> Spectrum:

@@ -1,11 +1,16 @@
-"""Tensors on disk: safetensors with a JSON header, written to a temporary name and renamed."""
+"""Tensors on disk: safetensors with a JSON header and a checksum, written to a temporary name and renamed."""
 
+import hashlib
+import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -53,9 +58,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 def save_tensors(path: str | Path, kind: str, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
     """Write `tensors` and `header` to `path`; a reader sees the old file or the whole new one."""
+    tensors = {name: t.detach().contiguous().cpu() for name, t in tensors.items()}
     metadata = {"curvlab": __version__, "kind": kind} | header
+    metadata[_CHECKSUM] = _checksum(tensors, metadata)
     with replacing(path) as temporary:
-        save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, temporary, metadata)
+        save_file(tensors, temporary, metadata)
 
 
 def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -63,7 +70,7 @@ def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a safetensors file, damaged, or of another kind.
+        ValueError: not a safetensors file, damaged (as far as it has a checksum), or of another kind.
     """
     path = Path(path)
     if not path.is_file():
@@ -74,6 +81,86 @@ def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
             if metadata.get("kind") != kind:
                 found = metadata.get("kind", "no curvlab file")
                 raise ValueError(f"{path} holds {found!r}, expected {kind!r}")
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is no intact safetensors file: {error}") from error
+    checksum = metadata.pop(_CHECKSUM, None)
+    if checksum is not None and checksum != _checksum(tensors, metadata):
+        raise ValueError(f"{path} is damaged: its tensors or its header are not those that were written")
+    return tensors, metadata
+
+
+def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Of all that a file holds."""
+    content = digest(sorted(tensors.items())) + json.dumps(metadata, sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+@contextmanager
+def parsing(path: str | Path) -> Iterator[None]:
+    """What goes wrong within, where tensors are put together as their header says, is the fault of the file.
+
+    Raises:
+        ValueError: an entry or tensor that is missing, or one that does not fit; the message names the file.
+    """
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(f"{path} lacks {error}") from error
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def require_shape(name: str, t: Tensor, shape: tuple[int, ...]) -> None:
+    """See that a tensor read from a file has the shape that the header implies.
+
+    Raises:
+        ValueError: another one.
+    """
+    if t.shape != shape:
+        raise ValueError(f"{name!r} is of shape {tuple(t.shape)}, expected {shape}")
+
+
+def require_sum_of_squares(name: str, t: Tensor) -> None:
+    """See that numbers read from a file can be sums of squares.
+
+    Raises:
+        ValueError: a negative one, or one that is not finite.
+    """
+    if not bool((t.isfinite() & (t >= 0)).all()):
+        raise ValueError(f"{name!r} has entries that are negative or not finite where sums of squares belong")
+
+
+def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """A checksum (16 digits) of named tensors: names, dtypes, shapes and bytes, but not where they lie.
+
+    Against accidents, not against forgers. It is computed where a tensor lies, at the speed of reading it; of one
+    without content (on "meta") name, dtype and shape count.
+    """
+    found = hashlib.sha256()
+    for name, t in tensors:
+        found.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
+        if not t.is_meta:
+            found.update(_piece_sums(t.detach()).numpy().data)
+    return found.hexdigest()[:16]
+
+
+_CHECKSUM = "content_checksum"  # ("checksum" is that of a model, in some headers)
+_PIECE = 2**17  # words of 4 bytes, which fit into a cache
+
+
+def _piece_sums(t: Tensor) -> Tensor:
+    """For each piece of a tensor's bytes Σ weight · word modulo 2^64: exact in any order of summation."""
+    flat = t.contiguous().reshape(-1).view(torch.uint8)
+    if len(flat) % 4 or flat.storage_offset() % 4:
+        flat = F.pad(flat, (0, -len(flat) % 4))  # (copies)
+    pieces, weights = flat.view(torch.int32).split(_PIECE), _weights(t.device)
+    room = torch.empty(len(pieces[0]), dtype=torch.int64, device=t.device)  # new pages would cost more than the work
+    return torch.stack([torch.mul(weights[: len(p)], p, out=room[: len(p)]).sum() for p in pieces]).cpu()
+
+
+@lru_cache
+def _weights(device: torch.device) -> Tensor:
+    """A fixed random number for each place in a piece; odd, so that no change of one word is lost."""
+    content = bytearray(hashlib.shake_256(b"curvlab").digest(8 * _PIECE))
+    return (torch.frombuffer(content, dtype=torch.int64) | 1).to(device)

@@ -43,7 +43,7 @@ def draw_all(table: pd.DataFrame, folder: Path) -> list[Path]:
         ("table5", table5), ("table6", table6), ("table7", fig5), ("table8", table8), ("merge", merge),
     ):  # fmt: skip
         for edits in edit_sets(table, "table1" if name == "table3" else name):
-            drawn.append(draw(table, edits, folder / f"{draw.__name__}_{edits}.pdf")[-1])
+            drawn.append(draw(table, edits, folder / f"{draw.__name__}_{Path(edits).stem}.pdf")[-1])  # (may be a file)
     return drawn
 
 

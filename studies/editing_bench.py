@@ -15,19 +15,21 @@ import torch
 from curvlab.batches import output_width
 from curvlab.capture import check_exact
 from curvlab.data.edits import Request, check_requests, load_edits, without_contradictions
-from curvlab.data.text import PLAIN, QA, fill, shuffled_documents
+from curvlab.data.text import PLAIN, QA, fill, read_documents, shuffled_documents
 from curvlab.data.world import Size, Source, Split, World, make_world
 from curvlab.data.world_tasks import Item
 from curvlab.editing import Capability, EditedModel, default_layers, edit, output_projections
 from curvlab.editing.job import longest
 from curvlab.evaluation.capability import TokenMeans, answers_right, kl_from, nll
 from curvlab.evaluation.editing import answers, evaluate_edits, prompts_of
-from curvlab.evaluation.generation import check_prompts
+from curvlab.evaluation.generation import MAX_NEW_TOKENS, check_prompts
 from curvlab.evaluation.intervals import Interval, bootstrap
 from curvlab.layers import Matrices, find_layers
 from curvlab.memory import peak
 from curvlab.models.language import EMBEDDED, embedded_model, embedded_record, load_language_model
 from curvlab.records import Row
+
+_log = logging.getLogger("curvlab")
 
 # what the printed tables show; NaN of an edit that diverged
 MEASURED = (
@@ -164,18 +166,29 @@ def prepare(setup: Setup) -> Bench:
         ValueError: requests that cannot be edited as they stand, more than there are, prompts too long for the model.
         FileNotFoundError: a model, a set or a text that is not there.
     """
-    model, tokenizer = _loaded(setup.model, setup.size, setup.data, setup.device)
     world = world_of(setup)
     requests = draw_requests(setup)
-    check_requests(requests, tokenizer)
-    questions: dict[str, list[Item]] = {}
+    file: Path | None = None
     if world is None or setup.capability not in ("world", "stories"):
         named = setup.capability not in ("world", "stories")
         file = Path(setup.capability) if named else Path(str(setup.folder)) / "text" / "wikitext2_valid.txt"
+        read_documents(file)  # what cannot be read is said before a model is loaded or trained
+    model, tokenizer = _loaded(setup.model, setup.size, setup.data, setup.device)
+    check_requests(requests, tokenizer, max_length=longest(model))
+    beyond = [r for r in requests if len(tokenizer(r.target, add_special_tokens=False)["input_ids"]) > MAX_NEW_TOKENS]
+    if beyond:
+        _log.warning(
+            "%d targets have more tokens than the %d that are generated, and count as never said: %r…",
+            len(beyond), MAX_NEW_TOKENS, beyond[0].target[:60],
+        )  # fmt: skip
+    questions: dict[str, list[Item]] = {}
+    if file is not None:
         texts = shuffled_documents(file, tokenizer, setup.seed)
         half = (len(texts) + 1) // 2  # one half to take curvature on, the other to measure on
         documents = texts[:half][: setup.n_capability]
         held_out = texts[half:][: setup.n_asked] or documents
+        if len(texts) == 1:
+            _log.warning("%s holds one document: its likelihood is measured on what curvature is taken on", file)
     if world is not None:
         questions["recall"] = world.recall(setup.n_asked, setup.seed, without=requests)
         if setup.capability in ("world", "stories"):
@@ -241,7 +254,7 @@ def edit_and_measure(
         told = {name: value for name, value in settings.items() if isinstance(value, int | float | str)}
         if how == "refused" and not refusals:
             raise
-        logging.getLogger("curvlab").warning("%s, %s: %s; recorded as %s", editor, told, error, how)
+        _log.warning("%s, %s: %s; recorded as %s", editor, told, error, how)
         row = dict.fromkeys(MEASURED, math.nan) | {"diverged": 1, "stopped": how}
         row |= {"edit_seconds": time.perf_counter() - started, "peak_bytes": peak(setup.device)}
         options = settings

@@ -13,7 +13,7 @@ import math
 import os
 import re
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -93,8 +93,8 @@ PRESETS = {
         30, 1e-2, 8, 20,
     ),
     "default": Preset(
-        "default", ALL, 300, 1000, 200, (0, 1), (0.8, 0.95, 0.99), (3e-3, 1e-2, 3e-2), (0.95, 0.99), (1e-2,),
-        (1e-3, 2e-3, 5e-3), (1e-3, 5e-3), 25, 5e-3, 32, 100,
+        "default", ALL, 300, 1000, 200, (0, 1), (0.8, 0.95, 0.99, 0.999), (1e-3, 3e-3, 1e-2, 3e-2), (0.95, 0.99),
+        (1e-2,), (1e-3, 2e-3, 5e-3), (1e-3, 5e-3), 25, 5e-3, 32, 100,
     ),
     "paper": Preset(
         "default", ALL, 3000, 10000, 200, (0,), (0.7, 0.9), (1e-3, 1e-2), (0.999,), (1e-3,), (5e-4,), (5e-3,),
@@ -117,9 +117,10 @@ class Config:
             world's, or WikiText for other models.
         layers: names or patterns of the edited layers; None takes those at the paper's depth, and of the shallow
             embedded models every MLP output projection.
-        editors: of `curvlab.editing.editors()`.
+        editors: of `curvlab.editing.editors()`. Those beyond the gradient-based ones (`ALL`) run with their own options
+            (`studies/paper_tables.py` tunes them); one that cannot do these edits has a row that says "refused".
         gammas, epsilons: of the null spaces and ellipsoids.
-        seq_gammas: of CrispEdit-Seq.
+        seq_gammas, seq_epsilons: of CrispEdit-Seq.
         constraint: editors with null spaces, with ellipsoids, or both.
         project: what is projected; None is the paper's gradient (an ellipsoid takes the update).
         labels: of K-FAC and EK-FAC.
@@ -139,6 +140,7 @@ class Config:
     gammas: tuple[float, ...] | None = None
     epsilons: tuple[float, ...] | None = None
     seq_gammas: tuple[float, ...] | None = None
+    seq_epsilons: tuple[float, ...] | None = None
     constraint: Literal["both", "null-space", "ellipsoid"] = "both"
     project: Literal["gradient", "update", "eigenbasis"] | None = None
     capability: Path | None = None
@@ -165,8 +167,8 @@ class Config:
 def resolve(config: Config) -> tuple[Config, Preset]:
     """Fill in the preset and check everything that can be checked before work begins."""
     preset = PRESETS[config.preset]
-    given = ("n_edits", "n_capability", "editors", "gammas", "epsilons", "seq_gammas", "seeds", "epochs", "lr")
-    for name in given:
+    numbers = ("gammas", "epsilons", "seq_gammas", "seq_epsilons")
+    for name in ("n_edits", "n_capability", "editors", *numbers, "seeds", "epochs", "lr"):
         if getattr(config, name) is not None:
             preset = replace(preset, **{name: getattr(config, name)})
     if config.lr is not None:
@@ -176,11 +178,11 @@ def resolve(config: Config) -> tuple[Config, Preset]:
         refuse(f"--editors: unknown {unknown}; choose from {', '.join(editors())}")
     if any(not 0 < g < 1 for g in (*preset.gammas, *preset.seq_gammas)):
         refuse(f"--gammas must lie strictly between 0 and 1, got {[*preset.gammas, *preset.seq_gammas]}")
-    for name in ("gammas", "epsilons", "seq_gammas", "editors"):
+    for name in (*numbers, "editors"):
         if len(set(getattr(preset, name))) < len(getattr(preset, name)):
             refuse(f"--{name.replace('_', '-')} must be distinct, got {list(getattr(preset, name))}")
-    if any(not (math.isfinite(e) and e > 0) for e in preset.epsilons):
-        refuse(f"--epsilons must be positive and finite, got {list(preset.epsilons)}")
+    if any(not (math.isfinite(e) and e > 0) for e in (*preset.epsilons, *preset.seq_epsilons)):
+        refuse(f"--epsilons must be positive and finite, got {[*preset.epsilons, *preset.seq_epsilons]}")
     if not preset.seeds or len(set(preset.seeds)) < len(preset.seeds):
         refuse(f"--seeds must be distinct and at least one, got {list(preset.seeds)}")
     if min(preset.n_edits, preset.n_capability, preset.epochs) < 1 or not 0 < preset.lr < math.inf or config.jobs < 0:
@@ -245,7 +247,8 @@ def options_of(config: Config, preset: Preset, unit: Unit, bench: Bench) -> dict
         options[knob] = unit.value
     if unit.editor.startswith("crispedit") and config.project:
         options["project"] = "update" if (knob, config.project) == ("epsilon", "gradient") else config.project
-    return options
+    known = {field.name for field in fields(editors()[unit.editor].options)}
+    return {name: value for name, value in options.items() if name in known}
 
 
 def run_unit(config: Config, preset: Preset, unit: Unit, origin: Row) -> list[Row]:
@@ -258,7 +261,10 @@ def run_unit(config: Config, preset: Preset, unit: Unit, origin: Row) -> list[Ro
         "epsilon": unit.value if knob == "epsilon" else math.nan,
         "strength": unit.value if knob in ("strength", "ratio", "lr") else math.nan,
         "seed": unit.seed,
-        **edit_and_measure(bench, unit.editor, settings, layers=bench.layers, harness=config.harness),
+        **edit_and_measure(
+            bench, unit.editor, settings, layers=bench.layers if unit.editor in ALL else None, harness=config.harness,
+            refusals=unit.editor not in ALL,
+        ),
         "edits": config.edits, "batch_size": preset.batch_size, "chunk": preset.chunk, "preset": config.preset,
     }  # fmt: skip
     return [row | origin]
@@ -340,7 +346,9 @@ def main(config: Config) -> None:
         f"({tokens} tokens), {len(todo)} edits to make",
         flush=True,
     )
-    skipped = ("out", "jobs", "preset", "editors", "seeds", "gammas", "epsilons", "seq_gammas", "constraint")
+    skipped = (
+        "out", "jobs", "preset", "editors", "seeds", "gammas", "epsilons", "seq_gammas", "seq_epsilons", "constraint",
+    )  # fmt: skip
     me = asdict(
         replace(
             preset, editors=(), seeds=(), gammas=(), epsilons=(), seq_gammas=(), seq_epsilons=(), ft_lrs=(), lora_lrs=()

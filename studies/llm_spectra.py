@@ -25,7 +25,7 @@ from curvlab.batches import output_width
 from curvlab.capture import Batch, check_exact
 from curvlab.curvature import EKFAC, KFAC, Covariance
 from curvlab.curvature.origin import weights_checksum
-from curvlab.data.text import encode_documents, shuffled_documents
+from curvlab.data.text import encode_documents, read_documents, shuffled_documents
 from curvlab.data.world import make_world
 from curvlab.editing import default_layers
 from curvlab.editing.job import longest
@@ -135,6 +135,8 @@ class Subject:
 def prepare(config: Config, preset: Preset) -> Subject:
     """Load (or train) the model and encode the documents."""
     model: Any
+    if config.capability is not None:
+        read_documents(config.capability)  # what cannot be read is said before a model is loaded or trained
     if config.embedded:
         world = make_world(preset.size, data=config.data)
         model, tokenizer = embedded_model(world, EMBEDDED[config.model])

@@ -50,7 +50,7 @@ def fits(distributed: bool, folder: Path | None = None) -> dict[str, Any]:
     for name, data in DATA.items():
         for kind in (KFAC, EKFAC, Covariance):
             if folder is not None:
-                options["checkpoint"] = folder / f"{name}-{kind.__name__}.safetensors"
+                options["checkpoint"] = folder / f"{name}.{kind.__name__}"
             found[f"{kind.__name__}, {name}"] = kind.fit(subject(), CrossEntropy(), data, LAYERS, **options)  # type: ignore[attr-defined]
     options.pop("checkpoint", None)
     model, data = images()
@@ -70,12 +70,17 @@ def main(folder: Path) -> None:
     model.register_forward_hook(lambda _, args, __: seen.append(len(args[0])))
     KFAC.fit(model, CrossEntropy(), DATA["one large batch"], LAYERS, labels="data", distributed=True)
     (folder / f"examples.{rank}").write_text(str(sum(seen)))
-    for what, other in (("data", DATA["many small batches"][rank:]), ("weights", DATA["one large batch"])):
+    whole = DATA["one large batch"]
+    for what, other, layers in (
+        ("data", DATA["many small batches"][rank:], LAYERS),
+        ("weights", whole, LAYERS),
+        ("weights of another layer", whole, "fc2"),
+    ):
         if what == "weights":
             with torch.no_grad():
                 model.fc1.weight.mul_(1 + rank)
         try:
-            KFAC.fit(model, CrossEntropy(), other, LAYERS, labels="data", distributed=True)
+            KFAC.fit(model, CrossEntropy(), other, layers, labels="data", distributed=True)
         except ValueError as error:
             (folder / f"{what}.{rank}").write_text(str(error))
 

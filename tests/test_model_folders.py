@@ -52,6 +52,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a weight has another shape": (
         change_weights(lambda tensors: tensors.update({LAYER: tensors[LAYER][:, :10].contiguous()})), "could not be",
     ),
+    "a weight is not finite": (
+        change_weights(lambda tensors: tensors[LAYER][0].fill_(torch.nan)), f"{LAYER} holds numbers that are not fin",
+    ),
     "weights are cut off": (cut("model.safetensors"), "could not be loaded"),
     "the configuration is cut off": (cut("config.json"), "could not be loaded"),
     "the configuration contradicts itself": (configure(num_attention_heads=5), "could not be loaded"),

@@ -143,6 +143,12 @@ def test_without_padding_or_end_tokens() -> None:
         (lambda: encode_documents(TOKENIZER, []), "no documents"),
         (lambda: encode_documents(tiny_tokenizer(bos=False), ["Ada was", "A"]), "document 1 has 1 tokens"),
         (lambda: fill("no place", "?"), "must contain {question}"),
+        (
+            lambda: encode_documents(TOKENIZER, ["Ada was", "Ada \ud83d"]),
+            r"document 1 holds the lone surrogate '\\ud83d'",
+        ),
+        (lambda: encode_pairs(TOKENIZER, [("Ada", "\ude00")]), r"target '\\ude00' holds the lone surrogate"),
+        (lambda: encode_pairs(TOKENIZER, [("\ude00", "Ada")]), r"prompt '\\ude00' or its target"),
     ],
 )
 def test_bad_input(call: Any, message: str) -> None:
@@ -179,6 +185,41 @@ def test_files_of_documents(tmp_path: Path) -> None:
         read_documents(tmp_path / "bytes.txt")
     with pytest.raises(FileNotFoundError, match=r"nothing\.txt"):
         read_documents(tmp_path / "nothing.txt")
+
+
+LINES = '{"text": "one\u2028still\x85one"}\n\n"two"\n{"text": " "}\n'
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.JSON"])
+@pytest.mark.parametrize("text", [LINES, LINES.replace("\n", "\r\n"), '[{"text": "one\u2028still\x85one"},\n"two"]\n'])
+def test_documents_in_json(text: str, name: str, mark: str, tmp_path: Path) -> None:
+    """A list or lines, with characters that only Python calls the end of a line, and a byte order mark."""
+    (tmp_path / name).write_bytes((mark + text).encode())
+    assert read_documents(tmp_path / name) == ["one\u2028still\x85one", "two"]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\ufeffone\n\ntwo", encoding="utf-8")
+    assert read_documents(tmp_path / "a.txt") == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.jsonl", '{"text": "a"}\n\n{"text": "b', r"a\.jsonl, line 3 is damaged JSON \(Unterminated"),
+        ("a.json", '[{"text": "a"},\n{"text": "b"', r"a\.json is damaged JSON: .*line 2"),
+        ("a.jsonl", '{"text": "a"}\n{"txt": "b"}', r"a\.jsonl, line 2: expected a string, or .* string \"text\""),
+        ("a.json", '["a", 1]', r"a\.json, record 1: expected a string"),
+        ("a.json", '[{"text": NaN}]', r"a\.json, record 0: expected a string"),
+        ("a.jsonl", '{"text": "a \\ud83d"}', r"a\.jsonl, line 1: the text holds the lone surrogate '\\ud83d'"),
+        ("a.json", "[]", r"a\.json holds no document"),
+    ],
+)
+def test_damaged_documents(name: str, text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_documents(tmp_path / name)
 
 
 def test_documents_with_something_to_predict_in_an_order_of_their_seed(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from curvlab.capture import Batch
-from curvlab.storage import load_tensors, save_tensors
+from curvlab.storage import load_tensors, parsing, require_shape, save_tensors
 
 SECONDS = 5.0  # between two saves, and at least `PATIENCE` times what a save takes
 PATIENCE = 20
@@ -43,17 +43,22 @@ class Checkpoint:
         if not self.path.exists():
             return
         tensors, header = load_tensors(self.path, "checkpoint")
-        before = json.loads(header["identity"])
+        with parsing(self.path):
+            before = dict(json.loads(header["identity"]))
+            done, expected = int(header["micro_batches"]), header["data"]
         other = sorted(k for k in before | self.identity if before.get(k) != self.identity.get(k))
         if other:
             pairs = "; ".join(f"{k}: {before.get(k)!r} there, {self.identity.get(k)!r} here" for k in other)
             raise ValueError(f"{self.path} is a checkpoint of another fit ({pairs}); delete it or name another file")
-        for name, t in tensors.items():
-            if name in sums:
-                sums[name].copy_(t)
-            else:
-                sums[name] = t.to(sums[name.split("/")[0] + "/A"].device)
-        self.done, self.expected = int(header["micro_batches"]), header["data"]
+        with parsing(self.path):
+            for name in sums:
+                require_shape(name, tensors[name], tuple(sums[name].shape))
+            for name, t in tensors.items():
+                if name in sums:
+                    sums[name].copy_(t)
+                else:
+                    sums[name] = t.to(sums[name.split("/")[0] + "/A"].device)
+        self.done, self.expected = done, expected
 
     def known(self, number: int, batch: Batch) -> bool:
         """Whether micro-batch `number` is in the sums already.

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from curvlab.capture import Data, Pass
 from curvlab.curvature.gather import Sums, Vectors, Work, count, gather, scale_of
 from curvlab.curvature.grams import add_gram, mirror
-from curvlab.curvature.kfac import KFAC
+from curvlab.curvature.kfac import KFAC, gram_of
 from curvlab.curvature.origin import Origin
 from curvlab.layers import LayerShape
 from curvlab.losses import Labels, Scale
 from curvlab.spectrum import Block, KroneckerBasis, Spectrum, eigh
-from curvlab.storage import load_tensors, save_tensors
+from curvlab.storage import load_tensors, parsing, require_sum_of_squares, save_tensors
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Covariance:
         work = Work.of(
             model, loss, data, layers, labels, draws, seed, bias, first_example, micro_batch, checkpoint, distributed
         )
-        origin = work.origin()
+        origin = work.origin
         sums = work.zeros("activation covariance", lambda layer: {"A": (layer.d_in, layer.d_in)})
         sums |= {f"{layer.name}/g": torch.zeros((), dtype=torch.float64, device=layer.device) for layer in work.layers}
 
@@ -110,7 +110,13 @@ class Covariance:
 
     @staticmethod
     def merge(*parts: "Covariance") -> "Covariance":
-        """Statistics of several fits as one: sums add."""
+        """Statistics of several fits as one: sums add.
+
+        Raises:
+            ValueError: no parts, or parts with different labels or layers.
+        """
+        if not parts:
+            raise ValueError("nothing to merge: no parts were given")
         first = parts[0]
         for part in parts:
             same = [m.layer for m in part.moments.values()] == [m.layer for m in first.moments.values()]
@@ -150,8 +156,11 @@ class Covariance:
         """Read what `save` wrote; `model` and errors as in `KFAC.load`."""
         tensors, meta = load_tensors(path, "covariance")
         moments = {}
-        for entry in json.loads(meta["moments"]):
-            layer = LayerShape(**entry["layer"])
-            moments[layer.name] = Moments(layer, tensors[layer.name], entry["g_norm"], Scale(**entry["scale"]))
-        origin = Origin.unpack(meta, model, [m.layer for m in moments.values()])
-        return cls(moments, json.loads(meta["labels"]), origin)
+        with parsing(path):
+            for entry in json.loads(meta["moments"]):
+                layer = LayerShape(**entry["layer"])
+                a_sum, g_norm = gram_of(tensors, layer.name, layer.d_in), float(entry["g_norm"])
+                require_sum_of_squares("g_norm", torch.tensor(g_norm))
+                moments[layer.name] = Moments(layer, a_sum, g_norm, Scale(**entry["scale"]))
+            origin = Origin.unpack(meta, model, [m.layer for m in moments.values()])
+            return cls(moments, json.loads(meta["labels"]), origin)

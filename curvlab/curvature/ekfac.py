@@ -14,10 +14,10 @@ from curvlab import distributed as processes
 from curvlab.capture import Data, Pass, require_reiterable
 from curvlab.curvature.gather import Sums, Vectors, Work, count, gather, scale_of, sum_dtype
 from curvlab.curvature.kfac import KFAC, Sharing
-from curvlab.curvature.origin import Origin, digest
+from curvlab.curvature.origin import Origin
 from curvlab.losses import Labels, Scale
-from curvlab.spectrum import Basis, Block, KroneckerBasis, Spectrum, pack_bases, unpack_bases
-from curvlab.storage import load_tensors, save_tensors
+from curvlab.spectrum import Basis, Block, KroneckerBasis, Spectrum, pack_bases, unpack_bases, values_of
+from curvlab.storage import digest, load_tensors, parsing, require_sum_of_squares, save_tensors
 
 COLUMNS = 16  # backward passes whose gradients go into one product
 PIECE = 2**26  # numbers of per-example gradients at a time
@@ -116,7 +116,7 @@ class EKFAC:
             precision = torch.finfo(total.dtype).eps
             corrected.append(Block(full[layer.name], values, float(values.sum()), precision=precision))
         scales = {layer.name: scale_of(sums, layer.name) for layer in work.layers}
-        return cls(Spectrum(tuple(corrected)), labels, scales, work.origin())
+        return cls(Spectrum(tuple(corrected)), labels, scales, work.origin)
 
     def spectrum(self) -> Spectrum:
         """K-FAC's basis with the corrected eigenvalues."""
@@ -140,15 +140,17 @@ class EKFAC:
     def load(cls, path: str | Path, model: nn.Module | None = None) -> "EKFAC":
         """Read what `save` wrote; `model` and errors as in `KFAC.load`."""
         tensors, meta = load_tensors(path, "ekfac")
-        blocks = [
-            Block(basis, tensors[f"{i}.values"], **numbers)
+        with parsing(path):
+            blocks = []
             for i, (basis, numbers) in enumerate(
                 zip(unpack_bases(tensors, meta["bases"]), json.loads(meta["blocks"]), strict=True)
-            )
-        ]
-        spectrum = Spectrum(tuple(blocks))
-        scales = {name: Scale(**scale) for name, scale in json.loads(meta["scales"]).items()}
-        return cls(spectrum, meta["labels"], scales, Origin.unpack(meta, model, spectrum.layers))  # type: ignore[arg-type]
+            ):
+                values = values_of(tensors, i, basis)
+                require_sum_of_squares(f"{i}.values", values)
+                blocks.append(Block(basis, values, **numbers))
+            spectrum = Spectrum(tuple(blocks))
+            scales = {name: Scale(**scale) for name, scale in json.loads(meta["scales"]).items()}
+            return cls(spectrum, meta["labels"], scales, Origin.unpack(meta, model, spectrum.layers))  # type: ignore[arg-type]
 
 
 def _bases(kfac: KFAC, work: Work) -> dict[str, KroneckerBasis]:
@@ -160,7 +162,8 @@ def _bases(kfac: KFAC, work: Work) -> dict[str, KroneckerBasis]:
     found: Sequence[Basis] = []
     if path is not None and path.exists():
         tensors, meta = load_tensors(path, "basis")
-        found = unpack_bases(tensors, meta["bases"]) if meta["factors"] == key else []
+        with parsing(path):
+            found = unpack_bases(tensors, meta["bases"]) if meta["factors"] == key else []
     if not found:
         found = [block.basis for block in kfac.spectrum().blocks]
         if path is not None and (not work.distributed or processes.turn()[0] == 0):

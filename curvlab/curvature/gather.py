@@ -7,6 +7,7 @@ continuing and adding them up over processes need to know.
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from curvlab import distributed
 from curvlab.capture import Batch, Data, Pass, as_batch, columns, passes
 from curvlab.curvature.checkpoint import Checkpoint, update
-from curvlab.curvature.origin import Origin, origin_of, weights_checksum
+from curvlab.curvature.origin import Origin, origin_of
 from curvlab.layers import MatrixLayer, find_layers
 from curvlab.losses import Labels, Loss, Scale, as_loss
 from curvlab.memory import announce, bytes_of
@@ -60,8 +61,9 @@ class Work:
             model, as_loss(loss), data, chosen, labels, draws, seed, first_example, micro_batch, path, distributed
         )
 
+    @cached_property
     def origin(self) -> Origin:
-        """What the statistics will say of where they come from."""
+        """What the statistics will say of where they come from; reads all weights, once."""
         return origin_of(self.model, self.layers, self.draws, self.seed)
 
     def zeros(self, what: str, shapes: Callable[[MatrixLayer], dict[str, tuple[int, ...]]]) -> Sums:
@@ -116,15 +118,15 @@ def gather(
     """
     rank, world = distributed.turn() if work.distributed else (0, 1)
     if world > 1:
-        distributed.agree("weights, layers or arguments of the fit", str((identity, _identity(work), work.origin())))
+        distributed.agree("weights, layers or arguments of the fit", str((identity, _identity(work), work.origin)))
     data = work.data
     if world > 1 and _length(data) < TURNS * world:
         data = _cut_finer(data, world)  # few large batches would leave processes without work
     seen = hashlib.sha256()
     checkpoint: Checkpoint | None = None
     if work.checkpoint is not None:
-        path = work.checkpoint if world == 1 else work.checkpoint.with_suffix(f".{rank}of{world}.safetensors")
-        weights = {"weights": weights_checksum(work.model), "process": f"{rank} of {world}"}
+        path = work.checkpoint if world == 1 else work.checkpoint.with_name(f"{work.checkpoint.name}.{rank}of{world}")
+        weights = {"weights": work.origin.checksum, "process": f"{rank} of {world}"}
         checkpoint = Checkpoint(path, _identity(work) | identity | weights)
         checkpoint.restore(sums)
 

@@ -5,6 +5,7 @@ data-parallel reduction at once: `merge`.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from curvlab.krylov import BlockLanczos
 from curvlab.layers import Conv2dLayer, LayerShape, MatrixLayer
 from curvlab.losses import Labels, Scale
 from curvlab.spectrum import Block, KroneckerBasis, Spectrum, eigh
-from curvlab.storage import load_tensors, save_tensors
+from curvlab.storage import load_tensors, parsing, require_shape, require_sum_of_squares, save_tensors
 
 Sharing = Literal["expand", "reduce"]
 
@@ -84,6 +85,8 @@ class KFAC:
     ) -> "KFAC":
         """One pass over `data`, all layers at once; sums in float32 or better, on each layer's own device.
 
+        All weights are read once more, for the origin: on a CPU 0.1 to 0.5 s for 100 million in float32.
+
         Args:
             model, loss, data: see `curvlab.capture` and `curvlab.losses`.
             layers: names or patterns (`find_layers`).
@@ -95,9 +98,8 @@ class KFAC:
             micro_batch: examples of one forward pass; None as many as are reasonable (`curvlab.capture.split`).
             checkpoint: a file for the sums so far. A fit that was interrupted continues from it when it is started
                 again with the same arguments, and ends with the same sums, bit for bit; a finished one is read back.
-                (To know them again, all weights are read once: 10 to 20 s for 8 billion.)
             distributed: share the work with the other processes of torchrun (`curvlab.distributed`); all of them get
-                the sums over all.
+                the sums over all. Each keeps its own checkpoint, of the name given and ".0of2", ".1of2", ….
 
         Raises:
             ValueError: what `curvlab.capture.passes` refuses, or a checkpoint of another fit.
@@ -110,7 +112,7 @@ class KFAC:
         work = Work.of(
             model, loss, data, layers, labels, draws, seed, bias, first_example, micro_batch, checkpoint, distributed
         )
-        origin = work.origin()
+        origin = work.origin
         sums = work.zeros("K-FAC factors", lambda layer: {"A": (layer.d_in,) * 2, "S": (layer.d_out,) * 2})
         adder = _Adder(work.layers, sharing)
         identity = {"kind": "kfac", "sharing": sharing}
@@ -132,16 +134,26 @@ class KFAC:
                 numbers mix the *means*, part i with share weights[i] / Σ weights, however many tokens it saw.
 
         Raises:
-            ValueError: parts over different layers, labels or sharing, or weights that are no shares.
+            ValueError: no parts, parts over different layers, labels or sharing, or weights that are no shares; of
+                means, a part that has none.
         """
+        if not parts:
+            raise ValueError("nothing to merge: no parts were given")
         first = parts[0]
         for part in parts:
             if (part.labels, part.sharing) != (first.labels, first.sharing):
                 raise ValueError("parts with different labels or sharing cannot be merged")
             if [f.layer for f in part.factors.values()] != [f.layer for f in first.factors.values()]:
                 raise ValueError("parts over different layers cannot be merged")
-        if weights is not None and (len(weights) != len(parts) or min(weights) < 0 or sum(weights) <= 0):
-            raise ValueError(f"weights must be {len(parts)} numbers ≥ 0 with a positive sum, got {list(weights)}")
+        if weights is not None:
+            if len(weights) != len(parts) or not (min(weights) >= 0 and 0 < sum(weights) < math.inf):
+                raise ValueError(
+                    f"weights must be {len(parts)} numbers ≥ 0 with a positive, finite sum, got {list(weights)}"
+                )
+            for i, part in enumerate(parts):
+                empty = [n for n, f in part.factors.items() if min(f.scale.terms, f.scale.positions) < 1]
+                if empty:
+                    raise ValueError(f"part {i} has no loss terms or positions at {empty}, hence no means to mix")
         merged = {}
         for name, own in first.factors.items():
             these = [part.factors[name] for part in parts]
@@ -184,16 +196,33 @@ class KFAC:
             model: whose statistics these should be, at its present weights.
 
         Raises:
-            ValueError: a damaged or foreign file, or statistics of another model or of weights that have moved since.
+            ValueError: a damaged or foreign file, or statistics of another model or of weights that have moved since
+                (any of the model's, not these layers' alone).
         """
         tensors, meta = load_tensors(path, "kfac")
         factors = {}
-        for entry in json.loads(meta["factors"]):
-            layer = LayerShape(**entry["layer"])
-            a_sum, s_sum = tensors[f"{layer.name}/A"], tensors[f"{layer.name}/S"]
-            factors[layer.name] = Factors(layer, a_sum, s_sum, Scale(**entry["scale"]))
-        origin = Origin.unpack(meta, model, [f.layer for f in factors.values()])
-        return cls(factors, meta["labels"], meta["sharing"], origin)  # type: ignore[arg-type]
+        with parsing(path):
+            for entry in json.loads(meta["factors"]):
+                layer = LayerShape(**entry["layer"])
+                a_sum, s_sum = (
+                    gram_of(tensors, f"{layer.name}/{side}", d) for side, d in (("A", layer.d_in), ("S", layer.d_out))
+                )
+                factors[layer.name] = Factors(layer, a_sum, s_sum, Scale(**entry["scale"]))
+            origin = Origin.unpack(meta, model, [f.layer for f in factors.values()])
+            return cls(factors, meta["labels"], meta["sharing"], origin)  # type: ignore[arg-type]
+
+
+def gram_of(tensors: dict[str, Tensor], name: str, d: int) -> Tensor:
+    """A sum Σ x xᵀ (d, d) among the tensors of a file.
+
+    Raises:
+        KeyError: it is missing.
+        ValueError: it is of another shape, or its diagonal cannot be a sum of squares.
+    """
+    found = tensors[name]
+    require_shape(name, found, (d, d))
+    require_sum_of_squares(name, found.diagonal())
+    return found
 
 
 class _Adder:

@@ -2,14 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from curvlab.layers import LayerShape, MatrixLayer, find_layers
+from curvlab.storage import digest
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Origin:
         model: the name or path it was loaded from, else its class.
         dtype: of the layers' weights.
         draws, seed: of `labels="model"`.
-        weights: a checksum of each layer's weight (and bias, where joint), by layer name.
+        weights: a checksum of each parameter of the whole model, by name: statistics of a layer depend on all others.
     """
 
     model: str
@@ -28,6 +28,11 @@ class Origin:
     draws: int
     seed: int
     weights: dict[str, str]
+
+    @property
+    def checksum(self) -> str:
+        """One of all the weights."""
+        return _combined(self.weights)
 
     @staticmethod
     def pack(origin: "Origin | None") -> str:
@@ -41,6 +46,7 @@ class Origin:
         """What `pack` wrote under "origin", held to `model` if one is given.
 
         Raises:
+            KeyError, TypeError, ValueError: an entry that is no origin.
             ValueError: see `check`; or nothing to hold the model to.
         """
         entry = json.loads(header.get("origin", "null"))
@@ -63,19 +69,22 @@ class Origin:
             own = found[layer.name]
             if own.shape != layer:
                 raise ValueError(f"{layer.name}: the statistics are of {layer}, the model has {own.shape}")
-        moved = [name for name, layer in found.items() if _layer_checksum(layer) != self.weights[name]]
+        now = parameter_checksums(model)
+        moved = [name for name in self.weights | now if self.weights.get(name) != now.get(name)]
         if moved:
             dtype = str(next(iter(found.values())).parameters()[0].dtype)
+            more = f" and {len(moved) - 3} more" if len(moved) > 3 else ""
             raise ValueError(
-                f"the weights of {moved} are not those the statistics were taken at ({self.model}, {self.dtype}; now "
-                f"{model_name(model)}, {dtype}): fit again, or load without model= to use them all the same"
+                f"the weights {moved[:3]}{more} are not those the statistics were taken at ({self.model}, "
+                f"{self.dtype}; now {model_name(model)}, {dtype}): fit again, or load without model= to use them all "
+                "the same"
             )
 
 
 def origin_of(model: nn.Module, layers: Sequence[MatrixLayer], draws: int, seed: int) -> Origin:
     """The origin of statistics taken of `model` now."""
-    weights = {layer.name: _layer_checksum(layer) for layer in layers}
-    return Origin(model_name(model), str(layers[0].parameters()[0].dtype), draws, seed, weights)
+    dtype = str(layers[0].parameters()[0].dtype)
+    return Origin(model_name(model), dtype, draws, seed, parameter_checksums(model))
 
 
 def model_name(model: nn.Module) -> str:
@@ -84,34 +93,28 @@ def model_name(model: nn.Module) -> str:
 
 
 def weights_checksum(model: nn.Module) -> str:
-    """`digest` of all parameters."""
-
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        for prefix, module in model.named_modules():
-            with _loaded(module):
-                for name, parameter in module.named_parameters(recurse=False):
-                    yield f"{prefix}.{name}", parameter
-
-    return digest(tensors())
+    """One checksum (16 digits) of all parameters."""
+    return _combined(parameter_checksums(model))
 
 
-def _layer_checksum(layer: MatrixLayer) -> str:
-    with _loaded(layer.module):
-        return digest(zip(layer.parameter_names, layer.parameters(), strict=True))
+def parameter_checksums(model: nn.Module) -> dict[str, str]:
+    """The `digest` of each parameter, in one pass over the model's weights."""
+    found = {}
+    for prefix, module in model.named_modules():
+        with _loaded(module):
+            for own, parameter in module.named_parameters(recurse=False):
+                name = f"{prefix}.{own}" if prefix else own
+                found[name] = digest([(name, parameter)])
+    return found
 
 
-def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 (16 digits) of named tensors: names, dtypes, shapes and bytes."""
-    found = hashlib.sha256()
-    for name, t in tensors:
-        found.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
-        found.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()[:16]
+def _combined(checksums: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(checksums).encode()).hexdigest()[:16]
 
 
 def _loaded(module: nn.Module) -> AbstractContextManager[None]:
     """The module with its weights at hand, should `accelerate` have offloaded them."""
-    if not any(p.is_meta for p in module.parameters(recurse=False)):
+    if not hasattr(module, "_hf_hook") or not any(p.is_meta for p in module.parameters(recurse=False)):
         return nullcontext()
     from accelerate.utils import align_module_device  # type: ignore[import-untyped]
 

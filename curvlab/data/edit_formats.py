@@ -1,6 +1,8 @@
 """Edit sets as people have them on disk: EasyEdit, ZsRE/MEND, WikiBigEdit, ROME's CounterFact, and plain JSONL."""
 
 import json
+import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +41,13 @@ _FORMATS = (
 )
 _NAMES = ("prompt", "src", "question", "loc")  # names a nested neighbour's prompt goes by
 _ANSWERS = ("answer", "ground_truth", "target")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def lone_surrogate(text: str) -> str:
+    """The first half of a character in a text (JSON can hold one: "\\ud83d"), which no tokenizer reads; "" if none."""
+    found = _SURROGATE.search(text)
+    return found[0] if found else ""
 
 
 def read_fields(path: Path) -> list[dict[str, Any]]:
@@ -47,9 +56,14 @@ def read_fields(path: Path) -> list[dict[str, Any]]:
     The format is the one whose prompt and target most records have.
 
     Raises:
-        ValueError: damaged JSON, an empty file, fields missing or of the wrong type.
+        ValueError: damaged JSON, an empty file, fields missing or of the wrong type, NaN or half a character as a
+            text, a neighbour without its prompt or answer.
     """
-    records = list(_records(path))
+    records = []
+    for where, record in read_records(path):
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}, {where}: expected an object with fields, got {type(record).__name__}")
+        records.append((where, record))
     if not records:
         raise ValueError(f"{path} holds no requests; expected a JSON list of objects, or an object a line")
     format_ = _detect(path, records)
@@ -67,32 +81,37 @@ def read_fields(path: Path) -> list[dict[str, Any]]:
     return read
 
 
-def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where it stands, record) of a JSON list, or of one JSON object a line."""
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, without a byte order mark.
+
+    Raises:
+        ValueError: it is no UTF-8.
+    """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no UTF-8 text: {error}") from error
-    found: Iterator[tuple[str, Any]]
+
+
+def read_records(path: Path) -> Iterator[tuple[str, Any]]:
+    """(where it stands, record) of a JSON list, or of one JSON value a line.
+
+    Raises:
+        ValueError: damaged JSON (file and line are named), or no UTF-8.
+    """
+    text = read_text(path)
     if text.lstrip().startswith("["):
         try:
-            found = ((f"record {i}", record) for i, record in enumerate(json.loads(text)))
-        except json.JSONDecodeError as error:
+            records = json.loads(text)
+        except ValueError as error:
             raise ValueError(f"{path} is damaged JSON: {error}") from error
-    else:
-        found = _lines(path, text)
-    for where, record in found:
-        if not isinstance(record, dict):
-            raise ValueError(f"{path}, {where}: expected an object with fields, got {type(record).__name__}")
-        yield where, record
-
-
-def _lines(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+        yield from ((f"record {i}", record) for i, record in enumerate(records))
+        return
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 yield f"line {number}", json.loads(line)
-            except json.JSONDecodeError as error:
+            except ValueError as error:
                 raise ValueError(
                     f"{path}, line {number} is damaged JSON ({error}); expected a JSON list, or an object a line"
                 ) from error
@@ -141,14 +160,22 @@ def _fields(record: dict[str, Any], format_: _Format) -> dict[str, Any]:
 
 
 def _pairs(record: dict[str, Any], prompt: str, answer: str, where: str = "") -> Sequence[tuple[str, str]]:
-    prompts, answers = _texts(record, prompt), _texts(record, answer)
+    """Prompts with the answers in the same places; a place that is empty in both is left out."""
+    prompts, answers = _entries(record, prompt, where), _entries(record, answer, where)
+    if not any(prompts + answers):
+        return []
     if len(prompts) == 1:
-        answers = answers[:1]  # the others are further spellings
+        answers = list(filter(None, answers))[:1] or answers[:1]  # the others are further spellings
     if len(prompts) != len(answers):
         raise _FieldError(
             f"field {where + prompt!r} has {len(prompts)} prompts but {where + answer!r} {len(answers)} answers"
         )
-    return list(zip(map(_question, prompts), answers, strict=True))
+    pairs = list(zip(map(_question, prompts), answers, strict=True))
+    for i, (asked, said) in enumerate(pairs):
+        if bool(asked) != bool(said):
+            empty, other = (prompt, answer) if said else (answer, prompt)
+            raise _FieldError(f"field {where + empty!r} is empty in place {i}, {where + other!r} is {asked or said!r}")
+    return [pair for pair in pairs if any(pair)]
 
 
 def _from_rome(record: dict[str, Any]) -> dict[str, Any]:
@@ -188,7 +215,7 @@ def _nested(value: Any, name: str) -> Iterator[tuple[str, str]]:
             raise _FieldError(f"field '{name}.{_ANSWERS[0]}' is missing")
         yield from _pairs(value, prompt, answer, f"{name}.")
     elif isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value):
-        yield _question(value[0].strip()), value[1].strip()
+        yield from _pairs(dict(zip(("[0]", "[1]"), value, strict=True)), "[0]", "[1]", name)
     elif isinstance(value, list):
         for i, inner in enumerate(value):
             yield from _nested(inner, f"{name}[{i}]")
@@ -207,19 +234,30 @@ def _text(record: dict[str, Any], name: str) -> str:
 
 
 def _texts(record: dict[str, Any], name: str) -> list[str]:
-    """The texts of a field that is a string, a number, a list of these, or absent; empty ones left out."""
+    """The texts of a field, empty ones left out."""
+    return [text for text in _entries(record, name) if text]
+
+
+def _entries(record: dict[str, Any], name: str, where: str = "") -> list[str]:
+    """The texts of a field that is a string, a number, a list of these, or absent; what is empty in a list is ""."""
     value = record.get(name)
-    values = value if isinstance(value, list) else [value]
+    if value is None:
+        return []
     texts = []
-    for item in values:
+    for item in value if isinstance(value, list) else [value]:
         while isinstance(item, list) and item:  # KnowEdit lists the spellings of each answer
             item = item[0]
         if item is None or item == []:
-            continue
+            item = ""
         if isinstance(item, bool) or not isinstance(item, (str, int, float)):
-            raise _FieldError(f"field {name!r} must be a text or a list of texts, got {type(item).__name__}")
-        texts.append(str(item).strip())
-    return [text for text in texts if text]
+            raise _FieldError(f"field {where + name!r} must be a text or a list of texts, got {type(item).__name__}")
+        if isinstance(item, float) and not math.isfinite(item):
+            raise _FieldError(f"field {where + name!r} must be a text or a list of texts, got {item}")
+        text = str(item).strip()
+        if half := lone_surrogate(text):
+            raise _FieldError(f"field {where + name!r} holds the lone surrogate {half!r}")
+        texts.append(text)
+    return texts
 
 
 def _question(prompt: str) -> str:

@@ -1,20 +1,23 @@
 """Requests to change what a model says, from the file formats people have, and a check of a set before any work."""
 
 import os
-from collections.abc import Iterator, Sequence
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from curvlab.data.edit_formats import read_fields
+from curvlab.data.edit_formats import lone_surrogate, read_fields
 
 _FILES = {
     "counterfact": ("counterfact.json",),
     "zsre": ("zsre.json",),
     "wikibigedit": ("wikibigedit.json", "wikibigedit_sample.json"),
 }
+_TEXTS = ("prompt", "target", "subject", "truth")
+_SHOWN = 40  # characters of a prompt that name its request
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,8 @@ def load_edits(
         data: the folder of the named sets, else the folder that CURVLAB_DATA names.
 
     Of a prompt that a *named* set holds several times (22 prompts in CounterFact, with contradictory targets) the
-    first record counts; files are taken as they are, for `check_requests` to judge. "nq question: when …", as
-    ZsRE's neighbours are written, becomes "When …?".
+    first record counts, and its paraphrases are `without_contradictions`; files are taken as they are, for
+    `check_requests` to judge. "nq question: when …", as ZsRE's neighbours are written, becomes "When …?".
 
     Raises:
         FileNotFoundError: no such file or set.
@@ -69,8 +72,8 @@ def load_edits(
     if named:
         first: dict[str, Request] = {}
         for request in requests:
-            first.setdefault(request.prompt, request)
-        requests = list(first.values())
+            first.setdefault(_plain(request.prompt), request)
+        requests = without_contradictions(list(first.values()))  # as a whole: what is drawn does not alter a request
     if n is None:
         return requests
     if not 1 <= n <= len(requests):
@@ -80,14 +83,20 @@ def load_edits(
 
 
 def without_contradictions(requests: Sequence[Request]) -> list[Request]:
-    """The requests without paraphrases that are another one's prompt and ask for another target there.
+    """The requests without paraphrases that another one asks, too (as prompt or paraphrase), for another target.
 
-    ZsRE holds such pairs (14 in 700); what a paraphrase of them should say, no edit can answer.
+    CounterFact holds 29 such paraphrases (in 5972), ZsRE 22 (in 700); what they should say, no edit can answer.
+    Targets that differ in case or Unicode form only are the same.
+
+    Raises:
+        ValueError: fields of the wrong type, or half a character in a text.
     """
-    targets = {_plain(request.prompt): request.target.strip() for request in requests}
+    damaged = _damaged(requests)
+    _refuse([problem for found in damaged.values() for problem in found], requests)
+    asked = _asked(dict(enumerate(requests)))
 
     def agrees(request: Request, text: str) -> bool:
-        return targets.get(_plain(text), request.target.strip()) == request.target.strip()
+        return asked.get(_plain(text), {}).keys() <= {_said(request.target)}
 
     return [
         replace(request, paraphrases=tuple(text for text in request.paraphrases if agrees(request, text)))
@@ -96,7 +105,26 @@ def without_contradictions(requests: Sequence[Request]) -> list[Request]:
 
 
 def _plain(text: str) -> str:
-    return " ".join(text.split())
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def _said(target: str) -> str:
+    return _plain(target.casefold())
+
+
+def _asked(requests: Mapping[int, Request]) -> dict[str, dict[str, int]]:
+    """The targets of every text, each with the first request that asks for it there.
+
+    Where the text is a prompt, that is what counts; else the paraphrases have one say each.
+    """
+    prompts: dict[str, dict[str, int]] = {}
+    others: dict[str, dict[str, int]] = {}
+    for index, request in requests.items():
+        said = _said(request.target)
+        prompts.setdefault(_plain(request.prompt), {}).setdefault(said, index)
+        for text in request.paraphrases:
+            others.setdefault(_plain(text), {}).setdefault(said, index)
+    return {text: targets for text, targets in (others | prompts).items() if text}
 
 
 def check_requests(requests: Sequence[Request], tokenizer: Any, *, max_length: int = 512) -> None:
@@ -107,38 +135,91 @@ def check_requests(requests: Sequence[Request], tokenizer: Any, *, max_length: i
         max_length: tokens that "prompt target" may have, for prompts, paraphrases and neighbours alike.
 
     Raises:
-        ValueError: one error that lists every problem: no requests, an empty prompt or target, surrounding white
-            space, text that the tokenizer cannot encode or reads as a special token, too many tokens, a duplicate,
-            two requests that ask for different targets of one prompt, or of a prompt and a paraphrase
-            (`without_contradictions` leaves such paraphrases out).
+        ValueError: one error that lists every problem: no requests, fields of the wrong type, an empty prompt or
+            target, surrounding white space, text that the tokenizer cannot encode or reads as a special token, too
+            many tokens, a duplicate, different targets of one prompt or paraphrase (`without_contradictions` leaves
+            such paraphrases out).
     """
     if not requests:
         raise ValueError("no requests were given")
-    if strangers := [request for request in requests if not isinstance(request, Request)]:
-        raise ValueError(f"requests must be a list of curvlab.data.edits.Request, got {strangers[0]!r} in it")
-    encoder = _Encoder(tokenizer, requests)
+    damaged = _damaged(requests)
+    sound = {index: request for index, request in enumerate(requests) if not damaged[index]}
+    encoder = _Encoder(tokenizer, list(sound.values()))
+    asked = _asked(sound)
+
+    def clash(index: int, text: str) -> str:
+        """Where the first request that asks this text has another target."""
+        earlier = next(iter(asked.get(_plain(text), {}).values()), index)
+        target, other = requests[index].target, requests[earlier].target
+        if _said(target) == _said(other):
+            return ""
+        return f"asks for {target!r} where {_name(earlier, requests[earlier])} asks for {other!r}"
+
     problems: list[str] = []
     first: dict[str, int] = {}
     for index, request in enumerate(requests):
-        problems += [f"request {index}: {problem}" for problem in _problems(request, encoder, max_length)]
-        prompt = _plain(request.prompt)
-        earlier = first.setdefault(prompt, index)
-        if earlier != index and prompt:
-            other = requests[earlier].target
-            if other.strip() == request.target.strip():
-                problems.append(f"request {index}: the same as request {earlier} ({prompt!r})")
-            else:
-                both = f"asks for {request.target!r} where request {earlier} asks for {other!r}"
-                problems.append(f"request {index}: {both} ({prompt!r})")
-    for index, request in enumerate(requests):
-        for text in request.paraphrases:
-            earlier = first.get(_plain(text), index)
-            other = requests[earlier].target
-            if other.strip() != request.target.strip():
-                both = f"a paraphrase asks for {request.target!r} where request {earlier} asks for {other!r}"
-                problems.append(f"request {index}: {both} ({text!r})")
+        problems += damaged[index]
+        if index not in sound:
+            continue
+        name = _name(index, request)
+        problems += [f"{name}: {problem}" for problem in _problems(request, encoder, max_length)]
+        earlier = first.setdefault(_plain(request.prompt), index)
+        if earlier != index and request.prompt.strip():
+            same = f"the same as {_name(earlier, requests[earlier])}"
+            problems.append(f"{name}: {clash(index, request.prompt) or same}")
+    problems += [
+        f"{_name(index, request)}: a paraphrase {both} ({text!r}); `without_contradictions` leaves it out"
+        for index, request in sound.items()
+        for text in request.paraphrases
+        if (both := clash(index, text))
+    ]
+    _refuse(problems, requests)
+
+
+def _refuse(problems: Sequence[str], requests: Sequence[Request]) -> None:
     if problems:
         raise ValueError(f"{len(problems)} problems in {len(requests)} requests:\n  " + "\n  ".join(problems))
+
+
+def _name(index: int, request: Request) -> str:
+    """A request by its place and its prompt: drawn ones are found by the latter only."""
+    prompt = str(request.prompt)  # it may be no text
+    return f"request {index} ({(prompt if len(prompt) <= _SHOWN else prompt[:_SHOWN].rstrip() + ' …')!r})"
+
+
+def _damaged(requests: Sequence[Request]) -> dict[int, list[str]]:
+    """Of each request, its fields that are no texts (or pairs of them) that can be encoded at all.
+
+    Raises:
+        ValueError: something that is no request.
+    """
+    if strangers := [request for request in requests if not isinstance(request, Request)]:
+        raise ValueError(f"requests must be a list of curvlab.data.edits.Request, got {strangers[0]!r} in it")
+    return {
+        index: [f"{_name(index, request)}: {problem}" for problem in _damages(request)]
+        for index, request in enumerate(requests)
+    }
+
+
+def _damages(request: Request) -> Iterator[str]:
+    texts: list[tuple[str, Any]] = [(f"the {name}", getattr(request, name)) for name in _TEXTS]
+    for name in ("paraphrases", "neighbours"):
+        listed = getattr(request, name)
+        if not isinstance(listed, (tuple, list)):
+            yield f"the {name} must be a tuple, got {type(listed).__name__}"
+            continue
+        for i, item in enumerate(listed):
+            if name == "paraphrases":
+                texts.append((f"the paraphrase {i}", item))
+            elif isinstance(item, (tuple, list)) and len(item) == 2:
+                texts += [(f"the neighbour {i}", item[0]), (f"the answer of neighbour {i}", item[1])]
+            else:
+                yield f"the neighbour {i} must be (prompt, answer), got {item!r}"
+    for what, text in texts:
+        if not isinstance(text, str):
+            yield f"{what} must be a text, got {type(text).__name__}"
+        elif half := lone_surrogate(text):
+            yield f"{what} holds the lone surrogate {half!r}"
 
 
 class _Encoder:

@@ -4,7 +4,6 @@
 prediction is not asked for (padding, the last one, a masked prompt) holds `IGNORE`. Padding is on the right.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from curvlab.capture import Batch
+from curvlab.data.edit_formats import lone_surrogate, read_records, read_text
 
 IGNORE = -100
 PLAIN = "{question}"
@@ -33,35 +33,40 @@ def fill(template: str, question: str) -> str:
 def read_documents(path: str | Path) -> list[str]:
     """The documents of a text file.
 
-    JSONL: the field "text" of each line. Else plain text, cut at <|endoftext|>, at " = Title = " lines (WikiText) or
-    at blank lines, whichever the file has first in this order.
+    .json and .jsonl: a list, or a value a line, of strings or of objects with a string "text". Else plain text, cut
+    at <|endoftext|>, at " = Title = " lines (WikiText) or at blank lines, whichever the file has first in this order.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no document in it, or a line of JSONL without "text".
+        ValueError: no document in it, no UTF-8, damaged JSON, or a record (which is named) without a text or with half
+            a character in it.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no UTF-8 text: {error}") from error
-    if path.suffix == ".jsonl":
-        records = [json.loads(line) for line in text.splitlines() if line.strip()]
-        if any(not isinstance(record, dict) or not isinstance(record.get("text"), str) for record in records):
-            raise ValueError(f'{path}: every line must be an object with a string "text"')
-        parts = [record["text"] for record in records]
-    elif "<|endoftext|>" in text:
-        parts = text.split("<|endoftext|>")
-    elif _TITLE.search(text):
-        parts = _TITLE.split(text)
-    else:
-        parts = text.split("\n\n")
+    parts = _recorded(path) if path.suffix.lower() in (".json", ".jsonl") else _parts(read_text(path))
     documents = [part.strip() for part in parts if part.strip()]
     if not documents:
         raise ValueError(f"{path} holds no document")
     return documents
+
+
+def _recorded(path: Path) -> list[str]:
+    texts = []
+    for where, record in read_records(path):
+        text = record.get("text") if isinstance(record, dict) else record
+        if not isinstance(text, str):
+            raise ValueError(f'{path}, {where}: expected a string, or an object with a string "text"')
+        if half := lone_surrogate(text):
+            raise ValueError(f"{path}, {where}: the text holds the lone surrogate {half!r}")
+        texts.append(text)
+    return texts
+
+
+def _parts(text: str) -> list[str]:
+    if "<|endoftext|>" in text:
+        return text.split("<|endoftext|>")
+    return _TITLE.split(text) if _TITLE.search(text) else text.split("\n\n")
 
 
 def shuffled_documents(path: str | Path, tokenizer: Any, seed: int) -> list[str]:
@@ -83,10 +88,13 @@ def encode_documents(
     """Documents cut at `max_length` tokens, in their order, every next token a target.
 
     Raises:
-        ValueError: no documents, or one of fewer than two tokens (nothing to predict).
+        ValueError: no documents, or one of fewer than two tokens (nothing to predict) or with half a character.
     """
     if not documents:
         raise ValueError("no documents were given")
+    for index, text in enumerate(documents):
+        if half := lone_surrogate(text):
+            raise ValueError(f"document {index} holds the lone surrogate {half!r}: {text!r}")
     ids = [tokenizer(text, truncation=True, max_length=max_length)["input_ids"] for text in documents]
     for index, tokens in enumerate(ids):
         if len(tokens) < 2:
@@ -113,8 +121,8 @@ def encode_pairs(
         batch_size: None gives one batch of all.
 
     Raises:
-        ValueError: no pairs, a pair whose target has no token, a tokenizer that gives no character offsets or (with
-            `end`) has no end-of-text token.
+        ValueError: no pairs, a pair whose target has no token or that holds half a character, a tokenizer that gives
+            no character offsets or (with `end`) has no end-of-text token.
     """
     if not pairs:
         raise ValueError("no prompts with targets were given")
@@ -125,6 +133,8 @@ def encode_pairs(
     ids, labels = [], []
     for question, target in pairs:
         prompt = fill(template, question)
+        if half := lone_surrogate(f"{prompt} {target}"):
+            raise ValueError(f"prompt {question!r} or its target {target!r} holds the lone surrogate {half!r}")
         encoded = tokenizer(f"{prompt} {target}", return_offsets_mapping=True)
         tokens, offsets = list(encoded["input_ids"]), list(encoded["offset_mapping"])
         if (

@@ -19,17 +19,18 @@ def real_facts(data: Path, source: str, n: int, seed: int) -> list[Fact]:
     """`n` requests of a named edit set: what is stated of their subject, and (once each) their neighbours.
 
     Each second fact is stated in both of its phrasings; the others have the second one held out. Real rephrasings
-    share little with the prompts, so that few of the held-out ones can be answered.
+    share little with the prompts, so that few of the held-out ones can be answered. A request without paraphrases
+    (`load_edits` leaves contradictory ones out) is stated in its prompt.
 
     Raises:
         FileNotFoundError: no such file in `data`.
-        ValueError: fewer than `n` requests, fields missing, or requests without a truth or a paraphrase.
+        ValueError: fewer than `n` requests, fields missing, or requests without a truth.
     """
     facts: dict[str, Fact] = {}
     for index, request in enumerate(load_edits(source, n, seed=seed, data=data)):
-        if not request.truth or not request.paraphrases:
-            raise ValueError(f"{source}: {request.prompt!r} needs a true answer and a paraphrase to be part of a world")
-        told = (request.prompt, request.paraphrases[0])
+        if not request.truth:
+            raise ValueError(f"{source}: {request.prompt!r} needs a true answer to be part of a world")
+        told = (request.prompt, *request.paraphrases[:1])
         train, held_out = (told, ()) if index % 2 else (told[:1], told[1:])
         facts[request.prompt] = Fact(
             request.subject, source, request.truth, train, held_out, request.target, request.neighbours

@@ -3,11 +3,11 @@
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar
 
-import torch
 from torch import nn
 
 from curvlab.capture import Batch
 from curvlab.curvature import EKFAC, KFAC, Covariance
+from curvlab.curvature.origin import weights_checksum
 from curvlab.data.text import encode_documents
 from curvlab.layers import find_layers
 from curvlab.losses import CrossEntropy, Labels
@@ -112,14 +112,15 @@ class Capability:
         self._kept.clear()
 
     def _belong_to(self, model: nn.Module) -> None:
-        """Forget what is of other weights. Once a question: the fingerprint takes a pass over the whole model."""
-        weights = fingerprint(model)
+        """Forget what is of other weights. Once a question: the checksum takes a pass over the whole model."""
+        weights = weights_checksum(model)
         if weights != self._weights:
             self.forget()
             self._weights = weights
 
     def _kept_or(self, model: nn.Module, layers: Sequence[str], what: str, make: Callable[[], T]) -> T:
-        key = f"{what} {self.labels} {self.seed} {[layer.name for layer in find_layers(model, layers)]}"
+        names = [layer.name for layer in find_layers(model, layers)]
+        key = f"{what} {self.labels} {self.seed} {self.max_length} {names}"
         if key not in self._kept:
             self._kept[key] = make()
         return self._kept[key]
@@ -162,14 +163,3 @@ def fit_statistics(
     if curvature == "ekfac":
         return EKFAC.fit(model, loss, batches, layers, labels=labels, seed=seed, kfac=kfac)
     raise ValueError(f"curvature must be 'kfac', 'ekfac' or 'covariance', got {curvature!r}")
-
-
-@torch.no_grad()
-def fingerprint(model: nn.Module) -> str:
-    """What tells two states of a model's weights apart: of *all* of them, where they are, in one pass over them."""
-    found = []
-    for name, p in model.named_parameters():
-        if not p.is_meta and p.numel():
-            bits = torch.hash_tensor(p).view(torch.int64)  # (uint64 knows few operations)
-            found.append((name, p.dtype, bits.item(), p.sum(dtype=torch.float64).item()))
-    return str(hash(tuple(found)))

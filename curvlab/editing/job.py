@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from curvlab.batches import context_length
 from curvlab.data.edits import Request, check_requests
 from curvlab.editing.capability import Capability
 from curvlab.editing.precision import widened
@@ -202,15 +203,24 @@ class EditedModel:
     def save(self, folder: str | Path) -> None:
         """Write model and tokenizer by `save_pretrained`, and curvlab_edit.json, which says how they came about.
 
-        Everything is written beside `folder` first and then moved into it, file by file.
+        Everything is written beside `folder` first and then moved into it, file by file; weights that another model
+        left there are removed.
+
+        Raises:
+            ValueError: the edit was undone.
         """
+        if self.drift > 0 and not any(bool(moved.any()) for moved in self.displacement().values()):
+            raise ValueError("the edit was undone: there is no edited model to save")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as temporary:
             self.model.save_pretrained(temporary)
             self.tokenizer.save_pretrained(temporary)
-            for file in sorted(Path(temporary).iterdir()):
+            written = sorted(Path(temporary).iterdir())
+            for file in written:
                 os.replace(file, folder / file.name)
+        for stale in set(folder.glob("model*.safetensors*")) - {folder / file.name for file in written}:
+            stale.unlink()
         record = {
             f.name: getattr(self, f.name)
             for f in dataclasses.fields(self)
@@ -262,7 +272,7 @@ def edit(
         settings.check(tokenizer, requests, longest(model))
     choose = getattr(settings, "default_layers", default_layers)
     targets = [layer.name for layer in find_layers(model, layers if layers is not None else choose(model))]
-    room = getattr(model.config, "max_position_embeddings", None)
+    room = context_length(model)
     if isinstance(capability, Capability):
         capability.check(tokenizer, room)
     elif capability is not None:
@@ -277,7 +287,8 @@ def edit(
     try:
         model.eval()
         try:
-            chosen.run(job, settings)
+            with torch.enable_grad():
+                chosen.run(job, settings)
         finally:
             job.finish()
         _require_finite(model, job.originals)
@@ -317,7 +328,10 @@ def output_projections(model: nn.Module) -> list[str]:
     Raises:
         ValueError: a model whose MLPs have none of `OUTPUT_PROJECTIONS`.
     """
-    names = [name for name, _ in model.named_modules() if name.endswith(tuple(f".{end}" for end in OUTPUT_PROJECTIONS))]
+    decoder = getattr(model, "get_decoder", lambda: None)() or model
+    inside = set(decoder.modules())  # a tower for images has MLPs, too
+    ends = tuple(f".{end}" for end in OUTPUT_PROJECTIONS)
+    names = [name for name, module in model.named_modules() if module in inside and name.endswith(ends)]
     if not names:
         raise ValueError(f"none of {', '.join(OUTPUT_PROJECTIONS)} was found; name the layers to edit: layers=[…]")
     return names
@@ -336,8 +350,8 @@ def default_layers(model: nn.Module) -> list[str]:
 
 
 def longest(model: Any) -> int:
-    """Tokens that the model can take."""
-    return int(getattr(model.config, "max_position_embeddings", 0) or 512)
+    """Tokens that the model can take; where it sets no limit, 512."""
+    return context_length(model) or 512
 
 
 def _put_back(model: nn.Module, originals: dict[str, Tensor]) -> None:

@@ -205,9 +205,9 @@ def descend(
                 loss = edit_loss()
                 value = float(loss.detach())
                 if not math.isfinite(value):
-                    raise FloatingPointError(
-                        f"the edit loss is {value} in epoch {len(losses) + 1}; try a smaller lr than {options.lr:g}"
-                    )
+                    moved = bool(losses) or total > 0
+                    why = f"try a smaller lr than {options.lr:g}" if moved else "no step was taken: look at the weights"
+                    raise FloatingPointError(f"the edit loss is {value} in epoch {len(losses) + 1}; {why}")
                 total += value * len(index)
                 bar.update()
                 if value < options.skip_below:

@@ -9,6 +9,7 @@ from torch import LongTensor, Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
+from curvlab.batches import context_length
 from curvlab.evaluation.mode import evaluating
 from curvlab.progress import progress
 
@@ -78,7 +79,7 @@ def _ids(model: PreTrainedModel, tokenizer: Any, prompt: str, max_new_tokens: in
         ids = ids[:-1]
     if not ids:
         raise ValueError(f"the prompt {prompt!r} has no token")
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = context_length(model)
     if limit is not None and len(ids) + max_new_tokens > limit:
         raise ValueError(
             f"a prompt of {len(ids)} tokens and {max_new_tokens} new ones exceed the model's {limit}: {prompt[:60]!r}…"

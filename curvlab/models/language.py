@@ -120,7 +120,8 @@ def load_language_model(
 
     Raises:
         FileNotFoundError: no such folder, or no model of this name can be had.
-        ValueError: not a causal language model, no safetensors, no tokens to pad with, or an unknown dtype.
+        ValueError: not a causal language model, no safetensors, weights that are missing or not finite, no tokens to
+            pad with, or an unknown dtype.
     """
     path, source = source_of(name_or_path, dtype)
     model: Any  # transformers' own annotations do not hold
@@ -146,6 +147,9 @@ def load_language_model(
     model, report = loaded
     if lacking := sorted(report["missing_keys"]):  # transformers would draw them at random
         raise ValueError(f"{name_or_path} lacks {len(lacking)} of the model's weights, such as {lacking[0]}")
+    for name, parameter in model.named_parameters():  # (those on the meta device accelerate reads when they are used)
+        if parameter.is_floating_point() and not parameter.is_meta and not bool(parameter.isfinite().all()):
+            raise ValueError(f"{name_or_path}: {name} holds numbers that are not finite")
     if not tokenizer(_ANY_TEXT)["input_ids"]:  # where its files are missing, transformers may make an empty one
         raise ValueError(f"the tokenizer of {name_or_path} knows no tokens; is its tokenizer.json missing?")
     if tokenizer.pad_token_id is None:

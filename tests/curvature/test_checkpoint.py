@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from curvlab.curvature import EKFAC, KFAC, Covariance
 from curvlab.curvature import checkpoint as checkpoint_module
+from curvlab.curvature.origin import weights_checksum
 from curvlab.losses import CrossEntropy
+from curvlab.storage import digest
 
 WORDS, LOSS = 11, CrossEntropy()
 LAYERS = "model.layers.*.mlp.down_proj"
@@ -189,11 +191,21 @@ def test_statistics_of_weights_that_moved_are_noticed(tmp_path: Path) -> None:
     saved = fits(model)
     for i, fit in enumerate(saved):
         fit.save(tmp_path / f"{i}.safetensors")
+    down = "model.layers.1.mlp.down_proj.weight"
+    for moved in (down, "model.layers.0.self_attn.q_proj.weight", "lm_head.weight"):  # below and above matter too
+        weight = model.get_parameter(moved)
+        before = weight.detach().clone()
+        for edit in (lambda w: w[3, 4].mul_(1 + 1e-6), lambda w: w.copy_(w.flip(0))):
+            with torch.no_grad():
+                edit(weight)
+            for i, fit in enumerate(saved):
+                with pytest.raises(ValueError, match=rf"the weights \['{moved}'\] are not those"):
+                    type(fit).load(tmp_path / f"{i}.safetensors", model=model)
+            with torch.no_grad():
+                weight.copy_(before)
     with torch.no_grad():
-        model.model.layers[1].mlp.down_proj.weight[3, 4] *= 1 + 1e-6
+        model.get_parameter(down)[3, 4] *= 1 + 1e-6
     for i, fit in enumerate(saved):
-        with pytest.raises(ValueError, match=r"weights of \['model.layers.1.mlp.down_proj'\] are not those"):
-            type(fit).load(tmp_path / f"{i}.safetensors", model=model)
         type(fit).load(tmp_path / f"{i}.safetensors")
         with pytest.raises(ValueError, match="no layer fits"):
             type(fit).load(tmp_path / f"{i}.safetensors", model=tiny_gpt2(vocabulary=WORDS))
@@ -212,7 +224,32 @@ def test_merged_statistics_keep_an_origin_they_share(tmp_path: Path) -> None:
     moved = KFAC.fit(model, LOSS, data, LAYERS, labels="data")
     merged = KFAC.merge(parts[0], moved)
     assert merged.origin is None
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.1)
+    assert KFAC.merge(moved, KFAC.fit(model, LOSS, data, LAYERS, labels="data")).origin is None
     merged.save(tmp_path / "merged.safetensors")
     assert KFAC.load(tmp_path / "merged.safetensors").origin is None
     with pytest.raises(ValueError, match="do not say where they come from"):
         KFAC.load(tmp_path / "merged.safetensors", model=model)
+
+
+def test_checksums_tell_bytes_apart_wherever_they_lie() -> None:
+    torch.manual_seed(0)
+    wide = torch.randn(700, 400)  # more than a piece
+    found = {
+        digest([("a", t)]) for t in (wide, wide.flip(0), wide.flip(1), wide.roll(1, 0), wide[[1, 0, *range(2, 700)]])
+    }
+    assert len(found) == 5
+    for dtype in (torch.float64, torch.bfloat16, torch.uint8, torch.bool, torch.complex64):
+        t = (wide[0, :7] * 50).relu().to(dtype)
+        same = (t, t.clone(), torch.cat([t[:1], t])[1:], torch.stack([t, t], 1)[:, 0])  # not aligned, with strides
+        assert len({digest([("a", u)]) for u in same}) == 1
+        assert len({digest([("a", t.roll(i))]) for i in range(2)}) == 2
+    other = {digest([("b", wide)]), digest([("a", wide.mT)]), digest([("a", wide.view(torch.int32))])}
+    assert len(found | other) == 8
+    assert digest([("a", torch.arange(5))]) == "ade2cd3070c18546"  # of files that were written before
+
+
+def test_weights_that_are_nowhere_do_not_crash() -> None:
+    assert weights_checksum(llama().to("meta")) == weights_checksum(llama().to("meta"))
+    assert weights_checksum(llama().to("meta")) != weights_checksum(llama())

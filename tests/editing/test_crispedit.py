@@ -301,8 +301,8 @@ def test_a_capability_set_keeps_its_curvature_for_the_weights_it_is_of(monkeypat
 @pytest.mark.parametrize("curvature", ["kfac", "ekfac", "covariance"])
 def test_the_weights_are_looked_through_once_a_question(curvature: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     looked = []
-    fingerprint = capability_module.fingerprint
-    monkeypatch.setattr(capability_module, "fingerprint", lambda model: looked.append(1) or fingerprint(model))
+    checksum = capability_module.weights_checksum
+    monkeypatch.setattr(capability_module, "weights_checksum", lambda model: looked.append(1) or checksum(model))
     model, layers = small()
     capability = Capability(DOCUMENTS, labels="data")
     for asked in range(1, 3):  # computed, then kept

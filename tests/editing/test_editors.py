@@ -131,6 +131,20 @@ def test_none_is_the_model_as_it_is() -> None:
     assert same(state(edited.undo()), before)
 
 
+def test_edits_where_gradients_are_switched_off() -> None:
+    expected = run(MAKE(0), "crispedit").losses
+    with torch.no_grad():
+        assert run(MAKE(0), "crispedit").losses == expected
+
+
+def test_weights_that_are_not_finite_are_not_put_on_the_step() -> None:
+    model = MAKE(0)
+    with torch.no_grad():
+        model.lm_head.weight.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="no step was taken: look at the weights"):
+        run(model, "ft")
+
+
 def test_locbf_edits_the_second_highest() -> None:
     model = MAKE(0)
     assert set(run(model, "locbf-ft").originals) == {"model.layers.0.mlp.down_proj.weight"}

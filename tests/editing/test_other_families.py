@@ -10,6 +10,7 @@ from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     FalconConfig,
+    Gemma3Config,
     GPTJConfig,
     GPTNeoXConfig,
     OPTConfig,
@@ -21,6 +22,8 @@ from curvlab.capture import Batch
 from curvlab.curvature import KFAC
 from curvlab.data.text import IGNORE
 from curvlab.editing import Capability, default_layers, edit
+from curvlab.editing.job import longest
+from curvlab.evaluation.generation import check_prompts
 from curvlab.losses import CrossEntropy
 
 CONTEXT = 64
@@ -99,3 +102,21 @@ def test_a_capability_set_of_ones_own_is_held_against_the_context() -> None:
     assert torch.equal(before, model.model.decoder.layers[1].fc2.weight)
     for fitting in (Capability(LONG, max_length=64), Capability(LONG[1:2])):
         edit(model, TOKENIZER, capability=fitting, **options)
+
+
+def test_of_a_model_that_sees_images_the_text_part_is_edited() -> None:
+    """Its tower for images has MLPs, a depth and lengths of its own."""
+    text = _WIDE | {"num_hidden_layers": 8, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 48}
+    tower = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "image_size": 28, "patch_size": 14}
+    config = Gemma3Config(
+        text_config=text | {"max_position_embeddings": CONTEXT, "sliding_window": 8},
+        vision_config=tower | {"num_hidden_layers": 24}, mm_tokens_per_image=4, image_token_index=5,
+    )  # fmt: skip
+    model: Any = AutoModelForCausalLM.from_config(config).eval()
+    assert any("vision" in name and name.endswith("mlp.fc2") for name, _ in model.named_modules())
+    assert default_layers(model) == ["model.language_model.layers.5.mlp.down_proj"]
+    assert longest(model) == CONTEXT
+    edited = edit(model, TOKENIZER, REQUESTS, capability=LONG, epochs=2)  # cut to the text part's context
+    assert edited.drift > 0
+    with pytest.raises(ValueError, match="exceed the model's 64"):
+        check_prompts(model, TOKENIZER, [LONG[0]])

@@ -75,7 +75,8 @@ def test_an_interrupted_save_leaves_the_old_files(tmp_path: Path, monkeypatch: p
     edited = edit(model, TOKENIZER, REQUESTS, editor="ft", epochs=2)
     edited.save(tmp_path)
     files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    edited.undo()
+    with torch.no_grad():
+        model.lm_head.weight.add_(1.0)
 
     def fail(*args: Any, **how: Any) -> None:
         raise OSError("no space")
@@ -84,3 +85,22 @@ def test_an_interrupted_save_leaves_the_old_files(tmp_path: Path, monkeypatch: p
     with pytest.raises(OSError, match="no space"):
         edited.save(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
+
+
+def test_weights_of_an_earlier_model_do_not_stay(tmp_path: Path) -> None:
+    model = tiny_llama(0)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    (tmp_path / "factors.safetensors").write_bytes(b"")  # not a model's
+    assert len(list(tmp_path.glob("model*"))) > 2
+    edit(model, TOKENIZER, REQUESTS, editor="ft", epochs=2).save(tmp_path)
+    assert [path.name for path in tmp_path.glob("model*")] == ["model.safetensors"]
+    assert (tmp_path / "factors.safetensors").exists()
+    assert same(state(type(model).from_pretrained(tmp_path)), state(model))
+
+
+def test_an_edit_that_was_undone_is_not_saved(tmp_path: Path) -> None:
+    edited = edit(tiny_llama(0), TOKENIZER, REQUESTS, editor="ft", epochs=2)
+    edited.undo()
+    with pytest.raises(ValueError, match="undone"):
+        edited.save(tmp_path / "model")
+    assert not (tmp_path / "model").exists()

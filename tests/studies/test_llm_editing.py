@@ -116,6 +116,32 @@ def test_a_context_that_cannot_hold_an_answer_is_refused(environment: dict[str, 
     assert len(list((tmp_path / "out" / "units").iterdir())) == 1
 
 
+def test_editors_beyond_the_gradient_based(environment: dict[str, str], tmp_path: Path) -> None:
+    """With their own options; one that cannot do it (MEND has nothing to train on) does not cost the others."""
+    done = run(
+        environment, tmp_path / "out", "--editors", "none", "ultraedit", "mend", "crispedit-seq-eps",
+        "--seq-epsilons", "0.5", "--epsilons", "0.1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    table = pd.read_csv(tmp_path / "out" / "results.csv").set_index("editor")
+    assert table["stopped"].eq("refused").to_dict() == {
+        "none": False, "ultraedit": False, "mend": True, "crispedit-seq-eps": False,
+    }  # fmt: skip
+    assert table.loc["ultraedit", "drift"] > 0
+    assert table.loc["crispedit-seq-eps", "epsilon"] == 0.5
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--edits", "nowhere.json"], ["--capability", "nowhere.txt"], ["--n-edits", "9999"]]
+)
+def test_bad_input_is_found_before_a_model_is_trained(
+    environment: dict[str, str], tmp_path: Path, arguments: list[str]
+) -> None:
+    done = run(environment | {"CURVLAB_CACHE": str(tmp_path / "cache")}, tmp_path / "out", *arguments)
+    assert done.returncode == 2
+    assert not (tmp_path / "cache").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
