@@ -85,7 +85,7 @@ class KFAC:
     ) -> "KFAC":
         """One pass over `data`, all layers at once; sums in float32 or better, on each layer's own device.
 
-        All weights are read once more, for the origin: on a CPU 0.1 to 0.5 s for 100 million in float32.
+        All weights are read once more, for the origin: on a CPU 0.1 s for 100 million in float32.
 
         Args:
             model, loss, data: see `curvlab.capture` and `curvlab.losses`.
