@@ -262,8 +262,8 @@ def run_unit(config: Config, preset: Preset, unit: Unit, origin: Row) -> list[Ro
         "strength": unit.value if knob in ("strength", "ratio", "lr") else math.nan,
         "seed": unit.seed,
         **edit_and_measure(
-            bench, unit.editor, settings, layers=bench.layers if unit.editor in ALL else None, harness=config.harness,
-            refusals=unit.editor not in ALL,
+            bench, unit.editor, settings, harness=config.harness, refusals=unit.editor not in ALL,
+            layers=bench.layers if unit.editor in ALL or config.layers else None,
         ),
         "edits": config.edits, "batch_size": preset.batch_size, "chunk": preset.chunk, "preset": config.preset,
     }  # fmt: skip
