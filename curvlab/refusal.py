@@ -23,12 +23,24 @@ def refuse(message: object) -> NoReturn:
     raise Refusal(str(message))
 
 
-def refuse_unusable(device: str, out: Path) -> None:
-    """Refuse a device (--device) that torch cannot use here, and a folder of results (--out) that cannot be written."""
+def require_device(device: str) -> None:
+    """See that torch can use a device (--device) here.
+
+    Raises:
+        ValueError: it cannot.
+    """
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        refuse(f"--device {device}: {error}")
+        raise ValueError(f"--device {device}: {error}") from error
+
+
+def refuse_unusable(device: str, out: Path) -> None:
+    """Refuse a device (--device) that torch cannot use here, and a folder of results (--out) that cannot be written."""
+    try:
+        require_device(device)
+    except ValueError as error:
+        refuse(error)
     try:
         require_writable(out)
     except PermissionError as error:

@@ -4,18 +4,18 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from curvlab import __version__
+from curvlab.checksum import digest
+
+_CHECKSUM = "content_checksum"  # ("checksum" is that of a model, in some headers)
 
 
 def cache_folder() -> Path:
@@ -129,38 +129,3 @@ def require_sum_of_squares(name: str, t: Tensor) -> None:
     """
     if not bool((t.isfinite() & (t >= 0)).all()):
         raise ValueError(f"{name!r} has entries that are negative or not finite where sums of squares belong")
-
-
-def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """A checksum (16 digits) of named tensors: names, dtypes, shapes and bytes, but not where they lie.
-
-    Against accidents, not against forgers. It is computed where a tensor lies, at the speed of reading it; of one
-    without content (on "meta") name, dtype and shape count.
-    """
-    found = hashlib.sha256()
-    for name, t in tensors:
-        found.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
-        if not t.is_meta:
-            found.update(_piece_sums(t.detach()).numpy().data)
-    return found.hexdigest()[:16]
-
-
-_CHECKSUM = "content_checksum"  # ("checksum" is that of a model, in some headers)
-_PIECE = 2**17  # words of 4 bytes, which fit into a cache
-
-
-def _piece_sums(t: Tensor) -> Tensor:
-    """For each piece of a tensor's bytes Σ weight · word modulo 2^64: exact in any order of summation."""
-    flat = t.contiguous().reshape(-1).view(torch.uint8)
-    if len(flat) % 4 or flat.storage_offset() % 4:
-        flat = F.pad(flat, (0, -len(flat) % 4))  # (copies)
-    pieces, weights = flat.view(torch.int32).split(_PIECE), _weights(t.device)
-    room = torch.empty(len(pieces[0]), dtype=torch.int64, device=t.device)  # new pages would cost more than the work
-    return torch.stack([torch.mul(weights[: len(p)], p, out=room[: len(p)]).sum() for p in pieces]).cpu()
-
-
-@lru_cache
-def _weights(device: torch.device) -> Tensor:
-    """A fixed random number for each place in a piece; odd, so that no change of one word is lost."""
-    content = bytearray(hashlib.shake_256(b"curvlab").digest(8 * _PIECE))
-    return (torch.frombuffer(content, dtype=torch.int64) | 1).to(device)

@@ -403,13 +403,12 @@ def peers(config: Config) -> Iterator[Row]:
         ours = results.pop("ours").factors
         del results["plain"]
         for name, theirs in results.items():
-            diff = 0.0
+            diff, means = 0.0, name.startswith("curvlinops")
             for layer, (A, S) in theirs.items():
-                means = name.startswith("curvlinops")
                 mine = (ours[layer].A, ours[layer].S) if means else (ours[layer].a_sum, ours[layer].s_sum)
                 diff = max(diff, difference(mine[0], A), difference(mine[1], S))
             beyond = [statistics.median(seconds[n]) - statistics.median(seconds["plain"]) for n in (name, "ours")]
-            scale = "means a position and a loss term" if name.startswith("curvlinops") else "sums"
+            scale = "means a position and a loss term" if means else "sums"
             yield row(
                 f"K-FAC factors, labels of the data: {label}, {shape.name}", statistics.median(seconds["ours"]), name,
                 statistics.median(seconds[name]), ratio(seconds[name], seconds["ours"]), fits[name][1],

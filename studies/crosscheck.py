@@ -32,6 +32,7 @@ from curvlab.layers import supported_layers
 from curvlab.losses import CrossEntropy
 from curvlab.memory import human, peak
 from curvlab.records import provenance
+from curvlab.refusal import require_device
 from curvlab.storage import replacing
 from figures.crosscheck import draw
 
@@ -105,10 +106,7 @@ def _check(config: Config) -> None:
     if config.gamma is not None and not 0 < config.gamma < 1:
         raise ValueError(f"--gamma must lie strictly between 0 and 1, got {config.gamma}")
     config.out.mkdir(parents=True, exist_ok=True)
-    try:
-        torch.empty(0, device=config.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {config.device}: {error}") from error
+    require_device(config.device)
 
 
 def _subject(config: Config) -> tuple[Any, list[Batch] | None]:

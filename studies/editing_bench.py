@@ -14,7 +14,7 @@ import torch
 
 from curvlab.batches import output_width
 from curvlab.capture import check_exact
-from curvlab.data.edits import Request, check_requests, load_edits, without_contradictions
+from curvlab.data.edits import Request, check_requests, load_edits
 from curvlab.data.text import PLAIN, QA, fill, read_documents, shuffled_documents
 from curvlab.data.world import Size, Source, Split, World, make_world
 from curvlab.data.world_tasks import Item
@@ -133,17 +133,11 @@ def available(setup: Setup) -> int:
 
 
 def draw_requests(setup: Setup) -> list[Request]:
-    """The edits of a setup. Of named sets, paraphrases that contradict another edit are left out; files are taken as
-    they are, for `check_requests` to judge.
+    """The edits of a setup.
 
     Raises:
         ValueError: more than there are.
     """
-    requests = _drawn(setup)
-    return requests if Path(setup.edits).is_file() else without_contradictions(requests)
-
-
-def _drawn(setup: Setup) -> list[Request]:
     world = world_of(setup)
     if world is not None and setup.edits in world.sources:
         return world.requests(setup.n_edits, setup.seed, source=cast(Source, setup.edits), split=setup.split)

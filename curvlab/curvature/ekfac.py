@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from curvlab import distributed as processes
 from curvlab.capture import Data, Pass, require_reiterable
+from curvlab.checksum import digest
 from curvlab.curvature.gather import Sums, Vectors, Work, count, gather, scale_of, sum_dtype
 from curvlab.curvature.kfac import KFAC, Sharing
 from curvlab.curvature.origin import Origin
 from curvlab.losses import Labels, Scale
 from curvlab.spectrum import Basis, Block, KroneckerBasis, Spectrum, pack_bases, unpack_bases, values_of
-from curvlab.storage import digest, load_tensors, parsing, require_sum_of_squares, save_tensors
+from curvlab.storage import load_tensors, parsing, require_sum_of_squares, save_tensors
 
 COLUMNS = 16  # backward passes whose gradients go into one product
 PIECE = 2**26  # numbers of per-example gradients at a time

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 
 from torch import nn
 
+from curvlab.checksum import digest
 from curvlab.layers import LayerShape, MatrixLayer, find_layers
-from curvlab.storage import digest
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from language import tiny_gpt2, tiny_llama
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from curvlab.checksum import digest
 from curvlab.curvature import EKFAC, KFAC, Covariance
 from curvlab.curvature import checkpoint as checkpoint_module
 from curvlab.curvature.origin import weights_checksum
 from curvlab.losses import CrossEntropy
-from curvlab.storage import digest
 
 WORDS, LOSS = 11, CrossEntropy()
 LAYERS = "model.layers.*.mlp.down_proj"
